@@ -1,0 +1,52 @@
+# `make demo` and `make test` each do all the set-up they need; nothing has to be activated first.
+PYTHON ?= python3
+VENV ?= .venv
+# What is already installed is kept unless another accelerator is asked for.
+ACCELERATOR ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*))),cpu)
+STAMP := $(VENV)/.installed-$(ACCELERATOR)
+BIN := $(VENV)/bin
+EXTRAS_cpu := test
+EXTRAS_tpu := test,tpu
+EXTRAS_cuda12 := test,cuda12
+EXTRAS_cuda13 := test,cuda13
+EXTRAS := $(EXTRAS_$(ACCELERATOR))
+PYTEST := $(BIN)/python -m pytest
+JOBS ?= 2
+
+.PHONY: help setup demo test test-slow test-parity lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP)  ## create .venv and install; ACCELERATOR=cpu|tpu|cuda12|cuda13
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(if $(EXTRAS),,echo "ACCELERATOR=$(ACCELERATOR) is not one of cpu, tpu, cuda12, cuda13" >&2; exit 2)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=...")'
+	@echo "[setup] creating $(VENV) and installing rlvr_jax for $(ACCELERATOR) (a minute or two) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet -r requirements.txt -e ".[$(EXTRAS)]"
+	@rm -f $(VENV)/.installed-* && touch $@
+	@echo "[setup] done"
+
+demo: setup  ## the whole job, small: base model, DAPO, dual-model decoding, table and figure
+	$(BIN)/python -m demo
+
+test: setup  ## the default checks (no torch needed)
+	$(PYTEST) -n $(JOBS) -m "not slow and not parity" $(ARGS)
+
+test-slow: setup  ## the long checks
+	$(PYTEST) -n $(JOBS) -m "slow and not parity" $(ARGS)
+
+test-parity: setup  ## installs torch, then compares live with transformers
+	@echo "[setup] installing torch for the live comparison ..."
+	@$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	$(PYTEST) -m parity $(ARGS)
+
+lint: setup  ## ruff and pyright
+	@$(BIN)/python -m pip install --quiet -e ".[test,lint]"
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+clean:  ## remove the environment and everything the demo made
+	rm -rf $(VENV) runs
