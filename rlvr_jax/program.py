@@ -1,0 +1,86 @@
+"""The edge that the command-line programs share: configuration, exit codes, a readable end."""
+
+import argparse
+import dataclasses
+import logging
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+
+C = TypeVar("C")
+Job = TypeVar("Job")
+
+USAGE_ERROR = 2
+RUN_ERROR = 1
+console = Console(stderr=True)
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; its message is the one sentence that the user gets, exit code 1."""
+
+
+def parse_config(config_type: type[C], argv: Sequence[str], *, prog: str, description: str) -> C:
+    """Configuration from `--config FILE.py` (a Python file that defines `config`) and `--nested.key value` flags.
+
+    Flags win over the file. Keys that do not exist fail, in the file as on the command line.
+
+    Raises:
+      ValueError: a missing file, a file without a `config` of the right type, or one that cannot be executed.
+      SystemExit: code 2 for flags that do not parse (tyro prints which), 0 for --help.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    known, flags = parser.parse_known_args(list(argv))
+    if known.config is None:
+        return tyro.cli(config_type, args=flags, prog=prog, description=description)
+    default = read_config(config_type, known.config)
+    return tyro.cli(config_type, default=default, args=flags, prog=prog, description=description)
+
+
+def read_config(config_type: type[C], path: str | os.PathLike[str]) -> C:
+    """The `config` that a recipe file defines. Raises ValueError as `parse_config` says."""
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except (TypeError, ValueError, NameError, SyntaxError, ImportError, AttributeError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    if not isinstance(config, config_type):
+        raise ValueError(f"--config {path}: `config` must be a {config_type.__name__}, it is {type(config).__name__}")
+    return config
+
+
+def run_program(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], None]) -> int:
+    """Runs a program: `prepare` checks all input before any long work starts, `run` does the work.
+
+    Returns:
+      0; 2 when `prepare` raises ValueError or OSError; 1 when `run` raises RunError; each with one sentence on stderr.
+      Any other exception propagates with its traceback.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    try:
+        job = prepare(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        return _fail(error, USAGE_ERROR)
+    try:
+        run(job)
+    except RunError as error:
+        return _fail(error, RUN_ERROR)
+    return 0
+
+
+def config_dict(config: object) -> dict:
+    """A resolved configuration as plain values, for `config.json` beside the results."""
+    return dataclasses.asdict(config)  # type: ignore[arg-type]
+
+
+def _fail(error: Exception, code: int) -> int:
+    console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    return code

@@ -1,0 +1,132 @@
+"""Meshes, and the one table that says which array dimension lies on which mesh axis.
+
+Arrays are described by *logical* names ("batch", "heads", ...). `ShardingRules` maps each name to a mesh axis. A name
+that the table does not know raises, so a typing slip cannot quietly leave an array unsharded.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rlvr_jax.typing import Array
+
+log = logging.getLogger(__name__)
+
+MESH_AXES = ("data", "fsdp", "tensor")
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Logical dimension name -> mesh axis, tuple of axes, or None (replicated).
+
+    The defaults are FSDP x tensor parallelism: parameters are split over `fsdp` along the model dimension and over
+    `tensor` along heads, feed-forward width and vocabulary; the batch is split over `data` and `fsdp`.
+    """
+
+    batch: MeshAxes = ("data", "fsdp")
+    time: MeshAxes = None
+    act_embed: MeshAxes = None
+    embed: MeshAxes = "fsdp"
+    heads: MeshAxes = "tensor"
+    kv_heads: MeshAxes = "tensor"
+    head_dim: MeshAxes = None
+    ffn: MeshAxes = "tensor"
+    vocab: MeshAxes = "tensor"
+    layers: MeshAxes = None
+
+    def axes(self, name: str | None) -> tuple[str, ...]:
+        """Mesh axes of one logical name. Raises ValueError for a name that is not a field of the table."""
+        if name is None:
+            return ()
+        if name not in self.__dataclass_fields__:
+            raise ValueError(f"unknown logical axis {name!r}; expected one of {', '.join(self.__dataclass_fields__)}")
+        axes = getattr(self, name)
+        return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+    def spec(self, *names: str | None) -> PartitionSpec:
+        """PartitionSpec of an array whose dimensions carry these logical names (None: replicated)."""
+        return PartitionSpec(*(_entry(self.axes(name)) for name in names))
+
+    def sharding(self, mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+        """Placement of an array of `shape` on `mesh`.
+
+        Mesh axes that do not divide a dimension (2 kv heads over 4 tensor shards, say) are left out for that
+        dimension, which is then replicated over them; this is logged once per case.
+        """
+        return NamedSharding(mesh, self.fitting_spec(mesh, names, shape))
+
+    def fitting_spec(
+        self, mesh: Mesh | AbstractMesh, names: Sequence[str | None], shape: Sequence[int]
+    ) -> PartitionSpec:
+        """`spec` less the mesh axes that do not divide their dimension or that another dimension already uses."""
+        if len(names) != len(shape):
+            raise ValueError(f"{len(names)} logical names {tuple(names)} for an array of shape {tuple(shape)}")
+        used: set[str] = set()
+        entries = []
+        for name, size in zip(names, shape, strict=True):
+            kept: list[str] = []
+            for axis in self.axes(name):
+                if axis in used or axis not in mesh.shape or mesh.shape[axis] == 1:
+                    continue
+                if size % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in kept)):
+                    _log_replicated(name, size, axis, mesh.shape[axis])
+                    continue
+                kept.append(axis)
+                used.add(axis)
+            entries.append(_entry(tuple(kept)))
+        return PartitionSpec(*entries)
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with the axes `data`, `fsdp` and `tensor` (Auto axis types) over all devices, or over `devices`.
+
+    At most one size may be -1: it takes what the others leave. Use it as `with jax.set_mesh(make_mesh(...)):`.
+
+    Raises:
+      ValueError: sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    bad = [f"{name}={size}" for name, size in sizes.items() if size < 1 and size != -1]
+    if bad or len(free) > 1:
+        raise ValueError(f"mesh sizes must be positive, at most one of them -1; got {sizes}")
+    if free and len(devices) % known == 0:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(f"mesh {sizes} needs {known} devices (or a multiple, with a -1), there are {len(devices)}")
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def constrain(x: Array, *names: str | None, rules: ShardingRules | None = None) -> Array:
+    """Inside jit: keep `x` laid out by the logical `names` of its dimensions. Without an ambient mesh, `x` itself."""
+    rules = rules or DEFAULT_RULES
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        rules.spec(*names)  # a mistyped name fails on one device too
+        return x
+    return jax.lax.with_sharding_constraint(x, rules.fitting_spec(mesh, names, np.shape(x)))
+
+
+DEFAULT_RULES = ShardingRules()
+
+
+def _entry(axes: tuple[str, ...]) -> MeshAxes:
+    return None if not axes else axes[0] if len(axes) == 1 else axes
+
+
+@functools.cache
+def _log_replicated(name: str | None, size: int, axis: str, axis_size: int) -> None:
+    log.warning(
+        "dimension %r of size %d does not divide by mesh axis %s=%d: replicated over it", name, size, axis, axis_size
+    )
