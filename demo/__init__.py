@@ -1,0 +1,1 @@
+"""The whole job, small: `python -m demo`."""

@@ -1,0 +1,117 @@
+"""The shape of the house: who may import whom, how long a file may be, what `import rlvr_jax` gives."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import rlvr_jax
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("rlvr_jax", "train", "decode", "demo")
+PURE = {"jax", "numpy", "math", "functools", "dataclasses", "typing", "collections", "rlvr_jax.typing"}
+
+
+def sources(*parts: str) -> list[Path]:
+    path = ROOT.joinpath(*parts)
+    found = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    assert found, f"nothing at {path}"
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize(
+    ("importer", "forbidden"),
+    [
+        (("rlvr_jax",), ("train", "decode", "demo", "configs")),
+        (("train",), ("decode", "demo", "configs")),
+        (("decode",), ("train", "demo", "configs")),
+        (("rlvr_jax", "models"), ("rlvr_jax.decoding", "rlvr_jax.objectives", "rlvr_jax.direction")),
+        (("rlvr_jax", "decoding"), ("rlvr_jax.models", "flax")),
+        (PACKAGES[:1], ("torch",)),
+    ],
+)
+def test_dependencies_run_one_way(importer, forbidden):
+    for path in sources(*importer):
+        wrong = [name for name in imports(path) for package in forbidden if inside(name, package)]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+@pytest.mark.parametrize("module", ["objectives", "direction.py"])
+def test_the_formulas_import_jax_alone(module):
+    for path in sources("rlvr_jax", module):
+        own = f"rlvr_jax.{module.removesuffix('.py')}"
+        wrong = {n for n in imports(path) if not any(inside(n, allowed) for allowed in (*PURE, own))}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_files_are_read_in_one_sitting():
+    for package in (*PACKAGES, "tests", "configs"):
+        for path in sources(package):
+            assert len(path.read_text().splitlines()) <= 400, f"{path.relative_to(ROOT)} is too long"
+
+
+SIGNATURES = {
+    "load_hf": ["path", "*dtype", "*mesh", "*rules"],
+    "save_hf": ["path", "config", "params", "*tokenizer", "*dtype", "*max_shard_bytes"],
+    "token_logprobs": ["logits_BTV", "targets_BT", "*temperature"],
+    "chunked_logprobs": ["hidden_BTD", "unembed_DV", "targets_BT", "*temperature", "*chunk", "*entropy"],
+    "delta_logp": ["logp_base", "logp_rl"],
+    "fires": ["criterion", "logp_base_BV", "logp_rl_BV", "token_B", "tau", "key"],
+    "extrapolate": ["logp_base_BV", "logp_rl_BV", "gamma"],
+    "sample": ["logits_BV", "keys_B", "*temperature", "*top_p", "*top_k"],
+    "filtered_logprobs": ["logits_BV", "*temperature", "*top_p", "*top_k"],
+    "group_advantages": ["scores_B", "group_B", "*normalize_by_std", "*epsilon", "*num_groups"],
+    "reweight": ["kind", "advantages_BT", "old_logp_BT", "mask_BT", "*alpha", "*where", "*group_B", "*key"],
+    "token_mask": ["kind", "mask_BT", "*quantile", "*old_logp_BT", "*entropy_BT", "*ref_logp_BT"],
+    "policy_loss": ["logp_BT", "old_logp_BT", "advantages_BT", "mask_BT", "*clip_low", "*clip_high", "*clip_dual"],
+    "aggregate": ["values_BT", "mask_BT", "mode"],
+    "overlong_penalty": ["length_B", "*max_response", "*buffer", "*factor"],
+    "math_verify_reward": ["responses", "answers"],
+    "dapo_answer_reward": ["responses", "answers"],
+    "generate": [
+        "config", "params", "prompts", "*max_new_tokens", "*n", "*temperature", "*top_p", "*top_k", "*seed",
+        "*stop_tokens", "*mesh",
+    ],
+    "generate_selective": [
+        "config_base", "params_base", "config_rl", "params_rl", "prompts", "*criterion", "*tau", "*gamma",
+        "*sample_from", "*block", "*max_new_tokens", "*n", "*temperature", "*top_p", "*top_k", "*seed", "*stop_tokens",
+        "*mesh",
+    ],
+    "make_mesh": ["data", "fsdp", "tensor"],
+    "make_train_step": ["apply", "optimizer", "loss_fn", "*micro_batches"],
+}  # fmt: skip
+NAMES = {
+    *SIGNATURES, "QwenConfig", "Qwen", "entropy", "kl_divergence", "js_average", "js_divergence", "avg_at_k",
+    "pass_at_k", "maj_at_k", "Generation", "Graded", "ShardingRules", "constrain", "TrainState",
+}  # fmt: skip
+
+
+def test_the_public_list():
+    assert set(rlvr_jax.__all__) >= NAMES
+    for name in rlvr_jax.__all__:
+        assert getattr(rlvr_jax, name).__doc__, f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_argument_names_stay(name):
+    parameters = inspect.signature(getattr(rlvr_jax, name)).parameters.values()
+    got = [("*" if p.kind is p.KEYWORD_ONLY else "") + p.name for p in parameters]
+    assert [p for p in got if p in SIGNATURES[name]] == SIGNATURES[name]
+    extra = [p for p in parameters if ("*" if p.kind is p.KEYWORD_ONLY else "") + p.name not in SIGNATURES[name]]
+    assert all(p.default is not p.empty for p in extra), f"{name} asks for more than the public list says"
