@@ -1,0 +1,171 @@
+"""The train step: any loss function, any optimizer; a result that neither micro-batching nor the mesh changes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+Tree = Any
+Scalar = jax.Array
+Metrics = Mapping[str, tuple[Scalar, Scalar]]
+LossFn = Callable[[Any, Tree, Tree], tuple[tuple[Scalar, Scalar], Metrics]]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything an update reads and writes.
+
+    Attributes:
+      step: int32 [], optimizer steps made (a skipped update is not one).
+      params: the master weights, float32 for training in earnest.
+      opt_state: the optimizer's state, laid out over the mesh as the params are.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+    @classmethod
+    def create(cls, params: Tree, optimizer: optax.GradientTransformation) -> "TrainState":
+        """State at step 0. Moments lie where their params lie; counters are replicated over the params' mesh."""
+        state = cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+        homes = {leaf.sharding.mesh for leaf in jax.tree.leaves(params) if _on_mesh(leaf)}
+        if len(homes) > 1:
+            raise ValueError(f"params lie on {len(homes)} different meshes, expected one")
+        if not homes:
+            return state
+        replicated = NamedSharding(homes.pop(), PartitionSpec())
+        return jax.tree.map(lambda x: x if _on_mesh(x) else jax.device_put(x, replicated), state)
+
+
+def make_train_step(
+    apply: Any,
+    optimizer: optax.GradientTransformation,
+    loss_fn: LossFn,
+    *,
+    micro_batches: int = 1,
+    shardings: TrainState | None = None,
+) -> Callable[[TrainState, Tree], tuple[TrainState, dict[str, Scalar]]]:
+    """Compiled `step(state, batch) -> (state, metrics)`; the state is donated.
+
+    The objective is (sum of sums) / (sum of weights) over the micro-batches of `batch` and over the devices: sums and
+    gradients of sums are accumulated in float32 and divided once, so the loss and its gradient do not depend on how
+    the batch is cut (a mean of means would: verl issues #5625, #906 and #2776).
+
+    Args:
+      apply: handed to `loss_fn` as it is; ours is `(params, tokens_BT, positions_BT, mask_BT) -> (hidden, unembed)`.
+      optimizer: an optax transformation; gradient clipping is part of it.
+      loss_fn: `(apply, params, batch) -> ((sum, weight), metrics)`, each metric a `(sum, weight)` as well. The weight
+        must not depend on params.
+      micro_batches: every array of `batch` has B rows first; micro-batch i takes the rows i, i + micro_batches, ...
+        (strided, so a batch dimension that is sharded over devices stays so).
+      shardings: placement of the state (`jax.tree.map(lambda x: x.sharding, state)`); gradients and the new state are
+        kept there. Without it the compiler chooses.
+
+    Returns:
+      The step. Its metrics are `loss` (the mean), `weight`, `grad_norm` (global, before clipping), `skipped` (1 where
+      a non-finite loss or gradient norm left the state unchanged) and loss_fn's own, each sum / weight (0 where the
+      weight is 0). A batch of weight 0 leaves the state unchanged too.
+
+    Raises:
+      ValueError: micro_batches < 1, or (when first called) rows that micro_batches does not divide.
+    """
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
+
+    def summed(params: Tree, batch: Tree) -> tuple[Scalar, tuple[Scalar, Metrics]]:
+        (total, weight), metrics = loss_fn(apply, params, batch)
+        return total, (weight, metrics)
+
+    def sums(params: Tree, batch: Tree) -> Tree:
+        (total, (weight, metrics)), grads = jax.value_and_grad(summed, has_aux=True)(params, batch)
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (total, weight, metrics, grads))
+
+    def placed(tree: Tree, where: Tree) -> Tree:
+        return tree if shardings is None else jax.lax.with_sharding_constraint(tree, where)
+
+    def accumulated(params: Tree, batch: Tree) -> Tree:
+        if micro_batches == 1:
+            return sums(params, batch)
+        parts = jax.tree.map(lambda x: _strided(x, micro_batches), batch)
+        shapes = jax.eval_shape(sums, params, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def add(carry: Tree, part: Tree) -> tuple[Tree, None]:
+            *scalars, grads = jax.tree.map(jnp.add, carry, sums(params, part))
+            return (*scalars, placed(grads, shardings and shardings.params)), None
+
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    def step(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, Scalar]]:
+        total, weight, extra, grads = accumulated(state.params, batch)
+        grads = jax.tree.map(lambda g, p: (g / _divisor(weight)).astype(p.dtype), grads, state.params)
+        grads = placed(grads, shardings and shardings.params)
+        loss, grad_norm = total / _divisor(weight), optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        new = jax.tree.map(lambda a, b: jnp.where(finite & (weight > 0), a, b), new, state)
+        metrics = {name: value / _divisor(count) for name, (value, count) in extra.items()}
+        return placed(new, shardings), metrics | {
+            "loss": loss,
+            "weight": weight,
+            "grad_norm": grad_norm,
+            "skipped": 1.0 - finite.astype(jnp.float32),
+        }
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def adamw(
+    *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.1, clip_norm: float | None = 1.0
+) -> optax.GradientTransformation:
+    """Gradient clip by global norm, then AdamW, with the learning rate in the state: see `with_learning_rate`."""
+
+    def build(learning_rate: Any) -> optax.GradientTransformation:
+        clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+        return optax.chain(clip, optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
+
+    return optax.inject_hyperparams(build)(learning_rate=0.0)
+
+
+def with_learning_rate(state: TrainState, learning_rate: float) -> TrainState:
+    """The state of an `adamw()` optimizer with another learning rate; nothing is compiled again."""
+    hyper = state.opt_state.hyperparams
+    old = hyper["learning_rate"]
+    new = jax.device_put(np.asarray(learning_rate, old.dtype), old.sharding)
+    return state.replace(opt_state=state.opt_state._replace(hyperparams=hyper | {"learning_rate": new}))
+
+
+def warmup_constant(step: int, *, peak: float, warmup: int) -> float:
+    """Learning rate of trainer step `step`, counted from 0: min(1, step / warmup) * peak.
+
+    As in the published runs, so the first trainer step of a warmed-up run has learning rate 0.
+    """
+    return peak if warmup <= 0 else min(1.0, step / warmup) * peak
+
+
+def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, final: float = 0.0) -> float:
+    """`(step + 1) / warmup * peak` for the first `warmup` steps, then half a cosine from peak to `final` at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final + (peak - final) * 0.5 * (1.0 + float(np.cos(np.pi * share)))
+
+
+def _strided(x: jax.Array, parts: int) -> jax.Array:
+    if x.shape[0] % parts:
+        raise ValueError(f"micro_batches={parts} does not divide the {x.shape[0]} rows of a batch array {x.shape}")
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def _divisor(weight: Scalar) -> Scalar:
+    return jnp.where(weight == 0, 1.0, weight)
+
+
+def _on_mesh(x: Any) -> bool:
+    return isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding)
