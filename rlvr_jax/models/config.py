@@ -1,0 +1,324 @@
+"""Architecture of the dense Qwen2, Qwen2.5 and Qwen3 models, read from and written as a Hugging Face config.json."""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+logger = logging.getLogger(__name__)
+
+_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_REMAT = ("none", "full", "dots")
+_DTYPES = ("float32", "bfloat16", "float16")
+# Switches of other architectures or of storage formats. Each changes the numbers, so none may be passed over.
+_REFUSED_KEYS = {
+    "num_experts": "a mixture-of-experts (MoE) model",
+    "num_local_experts": "a mixture-of-experts (MoE) model",
+    "moe_intermediate_size": "a mixture-of-experts (MoE) model",
+    "quantization_config": "a quantised checkpoint",
+    "vision_config": "a vision-language model",
+    "audio_config": "an audio-language model",
+    "thinker_config": "an omni-modal model",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnConfig:
+    """YaRN context extension (Peng et al., arXiv 2309.00071), as the Qwen model cards document it.
+
+    Attributes:
+      factor: context extension factor, at least 1 (the model cards use 4.0).
+      original_max_position_embeddings: context length in tokens before the extension (the model cards use 32768).
+      attention_factor: multiplies cos and sin; None derives it from the factor, `0.1 ln(factor) + 1`, or from mscale.
+      beta_fast, beta_slow: rotations over the original context that bound the ramp between the two regimes.
+      mscale, mscale_all_dim: when both are set and attention_factor is not, it is the ratio of
+        `0.1 mscale ln(factor) + 1` and `0.1 mscale_all_dim ln(factor) + 1`.
+      truncate: round the ramp's bounds outwards to whole dimensions.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ValueError(f"rope_scaling: factor is {self.factor!r}, expected a number of at least 1")
+        if not self.original_max_position_embeddings > 0:
+            raise ValueError(
+                f"rope_scaling: original_max_position_embeddings is {self.original_max_position_embeddings!r}, "
+                "expected a positive number of tokens"
+            )
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"rope_scaling: beta_fast {self.beta_fast} is below beta_slow {self.beta_slow}")
+
+    @property
+    def cos_sin_factor(self) -> float:
+        """What cos and sin are multiplied by; both queries and keys carry it, so scores grow by its square."""
+        if self.attention_factor is not None:
+            return float(self.attention_factor)
+
+        def scale(mscale: float) -> float:
+            return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return scale(self.mscale) / scale(self.mscale_all_dim)
+        return scale(1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenConfig:
+    """A dense Qwen2 / Qwen2.5 / Qwen3 decoder: its architecture, and two run-time choices.
+
+    Usually made by `QwenConfig.from_hf(folder)`. Hashable, so it can be a static argument of `jax.jit`. Nothing in
+    the model's numbers depends on `max_position_embeddings`: it is a declared limit, and raising it (as the
+    Qwen2.5-Math-7B recipes do, to 32768) is `dataclasses.replace` or `from_hf(folder, max_position_embeddings=32768)`.
+
+    Attributes:
+      model_type: "qwen2" (Qwen2, Qwen2.5: bias on q, k, v) or "qwen3" (normalised q and k).
+      vocab_size: V, rows of the embedding (may exceed the tokenizer's length; the rest is padding).
+      hidden_size: D. intermediate_size: F. num_layers: L.
+      num_heads: N query heads. num_kv_heads: K, divides N (grouped-query attention).
+      head_dim: H, even; need not be D / N.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: `YarnConfig`, or None for plain rotary embeddings.
+      rms_norm_eps: epsilon of every RMS norm.
+      tie_word_embeddings: the unembedding is the transposed embedding.
+      qkv_bias, qk_norm: which of the two families' attention extras are present.
+      max_position_embeddings: declared context length in tokens.
+      initializer_range: standard deviation of `init_params`.
+      dtype: compute dtype by name; None computes in the dtype of the parameters. Norms, softmax and rotary
+        embeddings are float32 in any case, and logits are returned in float32.
+      remat: what a training forward keeps for the backward pass: "none" keeps everything, "dots" the results of
+        weight matmuls, "full" only each layer's input.
+
+    Raises:
+      ValueError: naming the field, its value and what was expected.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: YarnConfig | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    dtype: str | None = None
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "max_position_embeddings"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"QwenConfig: {name} is {value!r}, expected a positive integer")
+        if self.model_type not in _ARCHITECTURES:
+            raise ValueError(f"QwenConfig: model_type is {self.model_type!r}, expected one of {list(_ARCHITECTURES)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"QwenConfig: num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"QwenConfig: head_dim is {self.head_dim}, rotary embeddings need an even number")
+        if not self.rope_theta > 0:
+            raise ValueError(f"QwenConfig: rope_theta is {self.rope_theta!r}, expected a positive number")
+        if self.remat not in _REMAT:
+            raise ValueError(f"QwenConfig: remat is {self.remat!r}, expected one of {list(_REMAT)}")
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise ValueError(f"QwenConfig: dtype is {self.dtype!r}, expected None or one of {list(_DTYPES)}")
+
+    @classmethod
+    def from_hf(cls, source: str | Path | Mapping[str, Any], **overrides: Any) -> "QwenConfig":
+        """Reads a Hugging Face config: a folder, a config.json, or its content as a dict.
+
+        Published configs (`rope_theta`, `rope_scaling`) and those written by transformers 5 (`rope_parameters`) are
+        both understood. The dtype stored in the file is not taken over: `load_hf(dtype=...)` decides it.
+
+        Args:
+          source: path of a model folder or of a config.json, or the parsed content.
+          **overrides: fields of `QwenConfig`, applied last, e.g. `max_position_embeddings=32768`, `remat="full"` or
+            `rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`.
+
+        Returns:
+          The config.
+
+        Raises:
+          ValueError: another architecture, a mixture of experts, a sliding window in use, another rope scaling than
+            YaRN, a quantised checkpoint, a missing key or an unknown override; each named.
+          FileNotFoundError: no such file.
+        """
+        hf, where = _read(source)
+        _refuse_unsupported(hf, where)
+
+        def required(key: str) -> int:
+            if hf.get(key) is None:
+                raise ValueError(f"{where}: {key!r} is missing, expected a positive integer")
+            return hf[key]
+
+        model_type, hidden_size, num_heads = hf["model_type"], required("hidden_size"), required("num_attention_heads")
+        head_dim = hf.get("head_dim")
+        if head_dim is None:
+            if model_type == "qwen2" and hidden_size % num_heads:
+                raise ValueError(
+                    f"{where}: no head_dim, and num_attention_heads {num_heads} does not divide hidden_size {hidden_size}"
+                )
+            # 128 is what transformers assumes for a Qwen3 config without the key.
+            head_dim = 128 if model_type == "qwen3" else hidden_size // num_heads
+        max_positions = int(hf.get("max_position_embeddings", 32768))
+        rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+        theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10_000.0
+        fields: dict[str, Any] = {
+            "model_type": model_type,
+            "vocab_size": required("vocab_size"),
+            "hidden_size": hidden_size,
+            "intermediate_size": required("intermediate_size"),
+            "num_layers": required("num_hidden_layers"),
+            "num_heads": num_heads,
+            "num_kv_heads": hf.get("num_key_value_heads") or num_heads,
+            "head_dim": head_dim,
+            "rope_theta": float(theta),
+            "rope_scaling": _parse_rope(rope, max_positions, where),
+            "rms_norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
+            "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
+            "qkv_bias": model_type == "qwen2",
+            "qk_norm": model_type == "qwen3",
+            "max_position_embeddings": max_positions,
+            "initializer_range": float(hf.get("initializer_range", 0.02)),
+        }
+        unknown = set(overrides) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"QwenConfig.from_hf: unknown override {sorted(unknown)}, expected fields of QwenConfig")
+        if isinstance(overrides.get("rope_scaling"), Mapping):
+            parsed = _parse_rope(dict(overrides["rope_scaling"]), max_positions, "override rope_scaling")
+            overrides = overrides | {"rope_scaling": parsed}
+        return cls(**(fields | overrides))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of config.json, in the keys of the published Qwen configs, which transformers 4 and 5 read.
+
+        Returns:
+          A JSON-serialisable dict; `QwenConfig.from_hf` of it gives this config back but for `dtype` and `remat`.
+
+        Raises:
+          ValueError: when the attention extras are not those of `model_type`, which no config.json can say.
+        """
+        if self.qkv_bias != (self.model_type == "qwen2") or self.qk_norm != (self.model_type == "qwen3"):
+            raise ValueError(
+                f"QwenConfig.to_hf: qkv_bias={self.qkv_bias}, qk_norm={self.qk_norm} cannot be written as a "
+                f"{self.model_type} config"
+            )
+        scaling = None
+        if self.rope_scaling is not None:
+            defaults = YarnConfig(1.0, 1)
+            scaling = {"rope_type": "yarn", "type": "yarn"}
+            for field in dataclasses.fields(YarnConfig):
+                value = getattr(self.rope_scaling, field.name)
+                if field.default is dataclasses.MISSING or value != getattr(defaults, field.name):
+                    scaling[field.name] = value
+        content = {
+            "architectures": [_ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "max_position_embeddings": self.max_position_embeddings,
+            "initializer_range": self.initializer_range,
+            "attention_dropout": 0.0,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "use_cache": True,
+        }
+        return content | ({"attention_bias": False} if self.model_type == "qwen3" else {})
+
+    def compute_dtype(self, param_dtype: Any) -> jnp.dtype:
+        """`dtype` as a dtype; that of the parameters where it is None."""
+        return jnp.dtype(self.dtype if self.dtype is not None else param_dtype)
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    if isinstance(source, Mapping):
+        return dict(source), "config"
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected a Hugging Face config.json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+    return content, str(path)
+
+
+def _refuse_unsupported(hf: Mapping[str, Any], where: str) -> None:
+    expected = "expected a dense Qwen2, Qwen2.5 or Qwen3 model (model_type 'qwen2' or 'qwen3')"
+    model_type = hf.get("model_type")
+    if model_type not in _ARCHITECTURES:
+        kind = "a mixture-of-experts (MoE) model is not supported" if "moe" in str(model_type) else "not supported"
+        raise ValueError(f"{where}: model_type {model_type!r}: {kind}; {expected}")
+    for key, kind in _REFUSED_KEYS.items():
+        if hf.get(key):
+            raise ValueError(f"{where}: {key} is {hf[key]!r}: {kind} is not supported; {expected}")
+    architectures = hf.get("architectures") or [_ARCHITECTURES[model_type]]
+    if list(architectures) != [_ARCHITECTURES[model_type]]:
+        raise ValueError(f"{where}: architectures is {architectures!r}, expected [{_ARCHITECTURES[model_type]!r}]")
+    layer_types = set(hf.get("layer_types") or ()) - {"full_attention"}
+    # An absent window is 4096 to transformers; published configs carry a number and switch it off.
+    if (hf.get("use_sliding_window") and hf.get("sliding_window", 4096) is not None) or layer_types:
+        raise ValueError(
+            f"{where}: sliding-window attention is not supported (use_sliding_window={hf.get('use_sliding_window')!r}, "
+            f"sliding_window={hf.get('sliding_window')!r}, layer_types={sorted(layer_types)}), expected full attention"
+        )
+    for key, allowed in {"hidden_act": "silu", "attention_dropout": 0}.items():
+        if hf.get(key, allowed) != allowed:
+            raise ValueError(f"{where}: {key} is {hf[key]!r}, expected {allowed!r}")
+    if model_type == "qwen3" and hf.get("attention_bias"):
+        raise ValueError(f"{where}: attention_bias is {hf['attention_bias']!r} on a qwen3 config, expected false")
+    if hf.get("dual_chunk_attention_config"):
+        logger.warning("%s: dual_chunk_attention_config is not applied (nor is it by transformers)", where)
+
+
+def _parse_rope(rope: dict[str, Any], max_positions: int, where: str) -> YarnConfig | None:
+    """The scaling in `rope`, a `rope_scaling` or `rope_parameters` dict without its theta; emptied as it is read."""
+    kinds = {kind for kind in (rope.pop("rope_type", None), rope.pop("type", None)) if kind is not None}
+    if len(kinds) > 1:
+        raise ValueError(f"{where}: rope_type and type disagree: {sorted(kinds)}")
+    kind = kinds.pop() if kinds else "default"
+    if kind == "default" and not rope:
+        return None
+    if kind != "yarn":
+        raise ValueError(f"{where}: rope scaling {kind!r} with {rope} is not supported, expected 'default' or 'yarn'")
+    unknown = set(rope) - {field.name for field in dataclasses.fields(YarnConfig)}
+    if unknown:
+        raise ValueError(f"{where}: unknown YaRN keys {sorted(unknown)}")
+    given = {key: value for key, value in rope.items() if value is not None}
+    original = given.setdefault("original_max_position_embeddings", max_positions)
+    given.setdefault("factor", max_positions / original)
+    return YarnConfig(**given)

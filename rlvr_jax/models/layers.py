@@ -1,0 +1,139 @@
+"""The decoder's arithmetic as functions on arrays: norm, rotary embeddings, attention, gated MLP.
+
+Weights are cast to the dtype of the activations where they are used, so the caller's activations decide the compute
+dtype; norms, rotary embeddings and softmax are float32 throughout. float32 matmuls ask for full precision, which on
+TPU and recent GPUs is not the default.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlvr_jax.models.config import YarnConfig
+from rlvr_jax.sharding import constrain
+from rlvr_jax.typing import Array, Bool, Float, Int
+
+LayerParams = Mapping[str, Array]
+_MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite, forward and backward
+
+
+def einsum(spec: str, x: Array, w: Array, out_dtype: Any = None) -> jax.Array:
+    """`jnp.einsum` in the dtype of `x`, accumulated in float32, returned in `out_dtype` (that of `x` by default)."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision, preferred_element_type=out_dtype)
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32, returned in the dtype of `x`."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(head_dim: int, theta: float, yarn: YarnConfig | None) -> tuple[np.ndarray, float]:
+    """Rotary frequencies and the factor on cos and sin.
+
+    Plain: `theta ** (-2 i / H)`. YaRN (arXiv 2309.00071, section 3): a ramp over i between these (dimensions that turn
+    more than beta_fast times over the original context) and the same divided by the factor (fewer than beta_slow).
+
+    Returns:
+      float32 [H / 2] frequencies in radians a token, and the factor (1.0 without YaRN).
+    """
+    half = head_dim // 2
+    # float32 like the reference, so that far positions turn by the same angle.
+    wavelengths = np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    plain = (1.0 / wavelengths).astype(np.float32)
+    if yarn is None:
+        return plain, 1.0
+
+    def dimension_of(rotations: float) -> float:
+        context = yarn.original_max_position_embeddings
+        return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(yarn.beta_fast), dimension_of(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((np.arange(half, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    interpolated = (1.0 / (np.float32(yarn.factor) * wavelengths)).astype(np.float32)
+    return interpolated * ramp + plain * (1 - ramp), yarn.cos_sin_factor
+
+
+def rope_tables(
+    positions_BT: Int[Array, "B T"], frequencies: np.ndarray, factor: float
+) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
+    """cos and sin of position times frequency, times `factor`: float32, h = H / 2."""
+    angles_BTh = positions_BT.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)
+    return jnp.cos(angles_BTh) * factor, jnp.sin(angles_BTh) * factor
+
+
+def apply_rope(
+    x_BTNH: Float[Array, "B T N H"], cos_BTh: Float[Array, "B T h"], sin_BTh: Float[Array, "B T h"]
+) -> Float[Array, "B T N H"]:
+    """Turns the pairs (i, i + H/2) of every head by the tables' angles, in float32, returned in the dtype of `x`."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def causal_mask(mask_BT: Int[Array, "B T"] | Bool[Array, "B T"] | Float[Array, "B T"] | None, length: int) -> jax.Array:
+    """bool [B, T, T] (or [1, T, T] without padding): query t may see key s when s <= t and s is not padding."""
+    causal_1TT = jnp.tril(jnp.ones((length, length), bool))[None]
+    return causal_1TT if mask_BT is None else causal_1TT & (mask_BT != 0)[:, None, :]
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    mask_BTS: Bool[Array, "#B T S"],
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention, `softmax(q k^T / sqrt(H)) v` where the mask is true; query head n uses kv head n // (N/K).
+
+    Scores and softmax are float32. A query that may see nothing gives a finite, meaningless row (the mean of v).
+    """
+    batch, length, num_heads, head_dim = q_BTNH.shape
+    num_kv_heads = k_BKSH.shape[1]
+    q_BTKGH = q_BTNH.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    q_BKGTH = jnp.transpose(q_BTKGH, (0, 2, 3, 1, 4))
+    scores = einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, jnp.float32) * (head_dim**-0.5)
+    scores = jnp.where(mask_BTS[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
+    out_BKGTH = einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)
+    return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4)).reshape(q_BTNH.shape)
+
+
+def project_qkv(
+    p: LayerParams, x_BTD: Float[Array, "B T D"], cos_BTh: Array, sin_BTh: Array, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pre-norm, the three projections with whichever extras `p` holds (bias, q/k norm), rotary embeddings on q and k.
+
+    Returns:
+      q [B, T, N, H], k and v [B, T, K, H].
+    """
+    y_BTD = rms_norm(x_BTD, p["attn_norm"], eps)
+    q, k, v = (einsum("BTD,DNH->BTNH", y_BTD, p[f"{name}_proj"]) for name in "qkv")
+    if "q_bias" in p:
+        q, k, v = (y + p[f"{name}_bias"].astype(y.dtype) for name, y in zip("qkv", (q, k, v), strict=True))
+    if "q_norm" in p:
+        q, k = rms_norm(q, p["q_norm"], eps), rms_norm(k, p["k_norm"], eps)
+    q = constrain(apply_rope(q, cos_BTh, sin_BTh), "batch", "time", "heads", "head_dim")
+    k = constrain(apply_rope(k, cos_BTh, sin_BTh), "batch", "time", "kv_heads", "head_dim")
+    return q, k, constrain(v, "batch", "time", "kv_heads", "head_dim")
+
+
+def finish_block(p: LayerParams, x_BTD: Float[Array, "B T D"], attended_BTNH: Array, eps: float) -> jax.Array:
+    """The rest of a decoder layer after attention: output projection, residual, and the gated MLP with its residual."""
+    x_BTD = x_BTD + einsum("BTNH,NHD->BTD", attended_BTNH, p["o_proj"])
+    x_BTD = constrain(x_BTD, "batch", "time", "act_embed")
+    y_BTD = rms_norm(x_BTD, p["mlp_norm"], eps)
+    gate_BTF = jax.nn.silu(einsum("BTD,DF->BTF", y_BTD, p["gate_proj"]))
+    hidden_BTF = constrain(gate_BTF * einsum("BTD,DF->BTF", y_BTD, p["up_proj"]), "batch", "time", "ffn")
+    return constrain(x_BTD + einsum("BTF,FD->BTD", hidden_BTF, p["down_proj"]), "batch", "time", "act_embed")
