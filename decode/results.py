@@ -1,0 +1,249 @@
+"""What a decoding run leaves behind, and how it is found again after a kill.
+
+Each setting has a folder with, for every seed, `seedN.rows.jsonl`: one line a finished response, appended batch by
+batch and never rewritten. From it `seedN.json` is assembled in the published format: a JSON list with one object a
+problem, `prompt, gt, generated_texts, accs, lengths, resample_rates, resample_infos`.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from decode.config import DecodeConfig
+from rlvr_jax.files import atomic_path, write_json
+
+# A later run in the same folder may differ in these; a setting may join or leave, but not change under its name.
+FREE_TO_CHANGE = ("out", "setting", "settings", "seeds", "limit", "batch_rows", "mesh", "grader_workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One response. `error` says why it could not be graded, else it is None.
+
+    `fired` holds the positions where the criterion fired, in tokens from the response's start; `original`, `assistant`
+    and `resampled` the token ids there: the proposed one, the other model's own draw, and the emitted one.
+    """
+
+    problem: int
+    sample: int
+    text: str
+    correct: bool
+    prediction: str | None
+    error: str | None
+    length: int
+    finished: bool
+    fired: tuple[int, ...] = ()
+    original: tuple[int, ...] = ()
+    assistant: tuple[int | None, ...] = ()
+    resampled: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One decoded batch: its tokens and seconds, and whether the seconds include a compilation."""
+
+    tokens: int
+    seconds: float
+    compiled: bool
+
+
+class RowLog:
+    """The append-only rows of one setting and seed.
+
+    Opening it reads what is there and cuts off a last line that a kill left half written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: dict[tuple[int, int], Row] = {}
+        self.timings: list[Timing] = []
+        if path.exists():
+            self._read()
+
+    def append(self, rows: Sequence[Row], timing: Timing | None = None) -> None:
+        """Adds the rows that are not there yet; on return they are on disk."""
+        new = [row for row in rows if (row.problem, row.sample) not in self.rows]
+        lines = [_line(dataclasses.asdict(row)) for row in new]
+        if timing is not None:
+            lines.append(_line({"timing": dataclasses.asdict(timing)}))
+            self.timings.append(timing)
+        with open(self.path, "ab") as file:
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.update({(row.problem, row.sample): row for row in new})
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        lines = whole.splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                self._take(json.loads(line))
+            except (ValueError, TypeError, KeyError) as error:
+                if number < len(lines):
+                    raise ValueError(f"{self.path}, line {number}: not a result row ({error})") from error
+                whole = whole[: -len(line)]
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
+
+    def _take(self, record: dict[str, Any]) -> None:
+        if "timing" in record:
+            self.timings.append(Timing(**record["timing"]))
+            return
+        row = Row(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
+        self.rows.setdefault((row.problem, row.sample), row)
+
+
+def published(prompts: Sequence[tuple[int, str, str]], rows: dict[tuple[int, int], Row], n: int) -> list[dict]:
+    """The published list for one seed. `prompts` holds (problem index, prompt text, answer), `rows` n samples of each.
+
+    `lengths` are tokens, the stop token included; `resample_infos` maps a position where the criterion fired to the
+    token ids `original` (proposed), `assistant` (the other model's own draw, null where none was made) and `resampled`.
+    """
+    out = []
+    for problem, prompt, answer in prompts:
+        samples = [rows[problem, sample] for sample in range(n)]
+        out.append(
+            {
+                "prompt": prompt,
+                "gt": answer,
+                "generated_texts": [row.text for row in samples],
+                "accs": [row.correct for row in samples],
+                "lengths": [row.length for row in samples],
+                "resample_rates": [len(row.fired) / max(row.length, 1) for row in samples],
+                "resample_infos": [_resample_info(row) for row in samples],
+            }
+        )
+    return out
+
+
+def _resample_info(row: Row) -> dict[str, dict[str, int | None]]:
+    drawn = zip(row.fired, row.original, row.assistant, row.resampled, strict=True)
+    return {str(at): {"original": o, "assistant": a, "resampled": r} for at, o, a, r in drawn}
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+
+
+# ---- per-token data ------------------------------------------------------------------------------------------------
+
+
+class TokenParts:
+    """`tokens.parquet` of one setting: one row a response with its token ids and per-token arrays.
+
+    Every batch is a part file, written before its rows are logged; `assemble` merges parts and any earlier table.
+    """
+
+    def __init__(self, folder: Path):
+        self.table_path = folder / "tokens.parquet"
+        self.parts = folder / "tokens.parts"
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes one batch. Keys: seed, problem, sample, tokens, logp and, for a pair, delta_logp and fired."""
+        taken = [int(path.stem) for path in self.parts.glob("*.parquet")]
+        with atomic_path(self.parts / f"{max(taken, default=-1) + 1:06d}.parquet") as temporary:
+            pq.write_table(_token_table(rows), temporary)
+
+    def assemble(self) -> None:
+        """Rewrites the table with the parts merged in, sorted by seed, problem and sample, and removes the parts."""
+        parts = sorted(self.parts.glob("*.parquet"))
+        sources = ([self.table_path] if self.table_path.exists() else []) + parts
+        if parts:
+            table = pa.concat_tables([pq.read_table(path) for path in sources])
+            keys = np.stack([table[key].to_numpy() for key in ("seed", "problem", "sample")], axis=1)
+            _, first = np.unique(keys, axis=0, return_index=True)  # a batch decoded twice is the same twice
+            with atomic_path(self.table_path) as temporary:
+                pq.write_table(table.take(first), temporary)
+        for path in parts:
+            path.unlink()
+        with contextlib.suppress(OSError):
+            self.parts.rmdir()
+
+
+def _token_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    types = {"tokens": pa.int32(), "logp": pa.float32(), "delta_logp": pa.float32(), "fired": pa.bool_()}
+    columns = {key: pa.array([row[key] for row in rows], pa.int32()) for key in ("seed", "problem", "sample")}
+    for key, type_ in types.items():
+        if key in rows[0]:
+            columns[key] = pa.array([row[key] for row in rows], pa.list_(type_))
+    return pa.table(columns)
+
+
+# ---- the folder of a run -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process. Raises ValueError when another run writes to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"out = {folder}: another decoding run is writing to this folder") from error
+        yield
+
+
+def check_resume(folder: Path, config: DecodeConfig, inputs: dict[str, str]) -> None:
+    """Compares a resolved configuration and its inputs with those an earlier run left in `folder`.
+
+    Raises:
+      ValueError: naming the key that differs and both values.
+    """
+    now = _plain(config)
+    before = _read_json(folder / "config.json")
+    for key in sorted(before.keys() & now.keys() - set(FREE_TO_CHANGE)):
+        _same(folder, key, before[key], now[key])
+    for name, value in _read_json(folder / "inputs.json").items():
+        if name in inputs and value != inputs[name]:
+            raise ValueError(
+                f"out = {folder}: it holds results of another {name} (its content has changed since); "
+                "give another --out or remove the folder"
+            )
+    for setting in now["settings"]:
+        earlier = _read_json(folder / setting["name"] / "setting.json")
+        for key in sorted(earlier.keys() & setting.keys()):
+            _same(folder / setting["name"], f"setting {setting['name']!r}, {key}", earlier[key], setting[key])
+
+
+def write_config(folder: Path, config: DecodeConfig, inputs: dict[str, str]) -> None:
+    """Saves the resolved configuration, the inputs' fingerprints and each setting beside the results."""
+    write_json(folder / "config.json", _plain(config))
+    write_json(folder / "inputs.json", _read_json(folder / "inputs.json") | inputs)
+    for setting in _plain(config)["settings"]:
+        write_json(folder / setting["name"] / "setting.json", setting)
+
+
+def _same(folder: Path, key: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise ValueError(
+            f"out = {folder}: it holds a run with {key} = {before!r}, now {key} = {now!r}; "
+            "give another --out or remove the folder"
+        )
+
+
+def _plain(config: DecodeConfig) -> dict[str, Any]:
+    """The configuration as JSON gives it back, paths absolute."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    for key in ("base", "rl", "problems", "tokenizer"):
+        if values[key]:
+            values[key] = os.path.abspath(values[key])
+    return values
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
