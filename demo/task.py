@@ -3,7 +3,8 @@
 A problem such as `8-5+3*6` is worked out step by step: `8-5=3`, `3+3=6`, `6*6=6`, each result modulo 10, then
 `\\boxed{6}`. At every step the demonstrator either is *careful* (one operation, right 95% of the time) or *jumps*
 (two operations at once, `8-5+3=?`, right 12% of the time, about chance). A base model that imitates a crowd of mostly
-jumping demonstrators knows both ways; what reinforcement learning can change is the choice between them, one token a step.
+jumping demonstrators knows both ways; what reinforcement learning can change is the choice between them, one token a
+step.
 
 Each step opens with one of `fillers` letters that mean nothing. They put entropy where no decision is, which handicaps
 criteria by entropy; `fillers=0` runs the study without them.
