@@ -115,7 +115,7 @@ def load_hf(
       ValueError: an unsupported config, or tensors that are missing, unknown, duplicate, wrongly shaped or of a dtype
         that is not a float; every one is named.
     """
-    folder = _resolve(path)
+    folder = checkpoint_folder(path)
     config = QwenConfig.from_hf(folder, **(overrides or {}))
     infos = _find_tensors(folder)
     slots = _slots(config)
@@ -141,7 +141,7 @@ def load_hf(
     return config, params
 
 
-def _resolve(path: str | os.PathLike[str]) -> Path:
+def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     """The local folder of `path`; downloads a hub repository where there is no such folder."""
     folder, name = Path(path), str(path)
     if folder.is_dir():
