@@ -1,0 +1,287 @@
+"""The direction of an RLVR update, read from two models' next-token log-probabilities.
+
+`base` is the model before reinforcement learning and `rl` the one after; dlogp(y) = log pi_RL(y) - log pi_Base(y).
+Selective replacement and extrapolation (ICLR 2026, arXiv 2603.22117, section 4.1) draw a token from one model, ask a
+criterion whether the position matters, and where it fires draw again from the extrapolated distribution.
+
+Log-probabilities are taken at temperature 1 and may be -inf outside a truncated support: 0 log 0 counts as 0 and no
+function here returns NaN for it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from rlvr_jax.typing import Array, Bool, Float, Int
+
+CRITERIA = (
+    "delta_logp",
+    "neg_delta_logp",
+    "abs_delta_logp",
+    "entropy_base",
+    "entropy_rl",
+    "kl",
+    "kl_reverse",
+    "js",
+    "js_true",
+    "random",
+    "none",
+    "all",
+)
+
+# Log-normalisers of a float32 log-softmax over a full vocabulary stay well below this.
+_NORMALISED = 1e-4
+
+
+def widen(values: ArrayLike) -> jax.Array:
+    """`values` as a jax array of at least float32, so that sums over a vocabulary keep their digits."""
+    array = jnp.asarray(values)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def delta_logp(logp_base: Float[Array, "*S"], logp_rl: Float[Array, "*S"]) -> Float[jax.Array, "*S"]:
+    """dlogp = log pi_RL - log pi_Base, any shape. Where both are -inf (a token neither model allows) it is 0."""
+    base, rl = widen(logp_base), widen(logp_rl)
+    excluded = jnp.isneginf(base) & jnp.isneginf(rl)
+    return jnp.where(excluded, 0.0, rl - jnp.where(excluded, 0.0, base))
+
+
+def entropy(logp: Float[Array, "*B V"]) -> Float[jax.Array, "*B"]:
+    """H(p) = -sum_v p_v log p_v in nats, from log-probabilities over the last axis."""
+    logp = widen(logp)
+    p = jnp.exp(logp)
+    return -jnp.sum(p * jnp.where(p > 0, logp, 0.0), axis=-1)
+
+
+def kl_divergence(logp_p: Float[Array, "*B V"], logp_q: Float[Array, "*B V"]) -> Float[jax.Array, "*B"]:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) in nats; +inf where q excludes a token that p allows."""
+    logp_p, logp_q = widen(logp_p), widen(logp_q)
+    p = jnp.exp(logp_p)
+    # The test is on p, not on log p: a probability that underflowed must not meet an infinite ratio.
+    return jnp.sum(p * jnp.where(p > 0, logp_p - logp_q, 0.0), axis=-1)
+
+
+def js_average(logp_p: Float[Array, "*B V"], logp_q: Float[Array, "*B V"]) -> Float[jax.Array, "*B"]:
+    """(KL(p || q) + KL(q || p)) / 2: what the published code of arXiv 2603.22117 calls "js" (half of Jeffreys')."""
+    return (kl_divergence(logp_p, logp_q) + kl_divergence(logp_q, logp_p)) / 2
+
+
+def js_divergence(logp_p: Float[Array, "*B V"], logp_q: Float[Array, "*B V"]) -> Float[jax.Array, "*B"]:
+    """The Jensen-Shannon divergence (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; between 0 and log 2."""
+    logp_m = jnp.logaddexp(widen(logp_p), widen(logp_q)) - jnp.log(2.0)
+    return (kl_divergence(logp_p, logp_m) + kl_divergence(logp_q, logp_m)) / 2
+
+
+def criterion_value(
+    criterion: str,
+    logp_base_BV: Float[Array, "B V"],
+    logp_rl_BV: Float[Array, "B V"],
+    token_B: Int[Array, " B"],
+    *,
+    top_logprobs: int | None = None,
+    sample_from: str = "base",
+) -> Float[jax.Array, " B"]:
+    """The number `fires` compares with its threshold, for a histogram or to choose tau from a wanted share.
+
+    `criterion` is any of `CRITERIA` but random, none and all. `top_logprobs` and `sample_from` as in `fires`.
+    """
+    _check_criterion(criterion)
+    if criterion in ("random", "none", "all"):
+        raise ValueError(f"criterion={criterion!r} measures nothing; expected one of {CRITERIA[:-3]}")
+    base, rl, token_B = widen(logp_base_BV), widen(logp_rl_BV), jnp.asarray(token_B)
+    if criterion.endswith("delta_logp"):
+        if top_logprobs is not None:
+            sampled, other = _by_role(base, rl, sample_from)
+            other_list = _TopList(other, top_logprobs)
+            sampled_B, other_B = _pick(sampled, token_B), other_list.lookup(token_B[:, None])[:, 0]
+            value = delta_logp(*_by_role(sampled_B, other_B, sample_from))
+        else:
+            value = delta_logp(_pick(base, token_B), _pick(rl, token_B))
+        if criterion == "delta_logp":
+            return value
+        return -value if criterion == "neg_delta_logp" else jnp.abs(value)
+    if top_logprobs is not None:
+        return _published_value(criterion, base, rl, token_B, top_logprobs, sample_from)
+    if criterion == "entropy_base":
+        return entropy(base)
+    if criterion == "entropy_rl":
+        return entropy(rl)
+    if criterion == "kl":
+        return kl_divergence(rl, base)
+    if criterion == "kl_reverse":
+        return kl_divergence(base, rl)
+    return js_average(rl, base) if criterion == "js" else js_divergence(rl, base)
+
+
+def fires(
+    criterion: str,
+    logp_base_BV: Float[Array, "B V"],
+    logp_rl_BV: Float[Array, "B V"],
+    token_B: Int[Array, " B"],
+    tau: ArrayLike | None,
+    key: jax.Array | np.ndarray | None = None,
+    *,
+    top_logprobs: int | None = None,
+    sample_from: str = "base",
+) -> Bool[jax.Array, " B"]:
+    """Whether each row's position is selected, given the drawn `token_B` and both models' log-probabilities.
+
+    | criterion | fires when |
+    |---|---|
+    | delta_logp | dlogp(y) <= tau (the paper's; tau around -0.3) |
+    | neg_delta_logp | -dlogp(y) <= tau |
+    | abs_delta_logp | abs(dlogp(y)) >= tau (control: size without direction) |
+    | entropy_base, entropy_rl | H(.) >= tau |
+    | kl, kl_reverse | KL(rl ‖ base), KL(base ‖ rl) >= tau |
+    | js, js_true | `js_average`, `js_divergence` >= tau |
+    | random | u < tau, u uniform on [0, 1) |
+    | none, all | never, always (tau unused, may be None) |
+
+    `tau` is a scalar or [B], `key` ("random" alone) one key, or [B] keys so that a row's draw does not depend on its
+    companions; typed keys or raw uint32. The criterion's name is resolved when tracing, everything else may be traced.
+
+    The default looks at whole distributions. `top_logprobs=k` is the rule of the published code, which sees each
+    model's k best log-probabilities: entropies and divergences run over the *first* distribution's own list, both
+    sides renormalised over it; a token missing from the other list gets that list's minimum; the model named by
+    `sample_from` ("base" or "rl") also lists the drawn token. (The published engine draws a token from the other model
+    too and adds it to that list; there is no such draw here.) js_true has no published form and raises.
+    """
+    _check_criterion(criterion)
+    if criterion in ("none", "all"):
+        return jnp.full(token_B.shape, criterion == "all")
+    if tau is None:
+        raise ValueError(f"tau=None: criterion {criterion!r} needs a threshold, a number or one per row")
+    if criterion == "random":
+        if key is None:
+            raise ValueError("key=None: criterion 'random' needs a jax random key, one or one per row")
+        return _uniform(key, token_B.shape[0]) < tau
+    value = criterion_value(
+        criterion, logp_base_BV, logp_rl_BV, token_B, top_logprobs=top_logprobs, sample_from=sample_from
+    )
+    return value <= tau if criterion in ("delta_logp", "neg_delta_logp") else value >= tau
+
+
+def extrapolate(
+    logp_base_BV: Float[Array, "*B V"], logp_rl_BV: Float[Array, "*B V"], gamma: ArrayLike
+) -> Float[jax.Array, "*B V"]:
+    """log pi_Extra = (1 + gamma) log pi_RL - gamma log pi_Base + const, normalised (arXiv 2603.22117, eq. of sec. 4.1).
+
+    `gamma` is a scalar or one per row. gamma = 0 gives back a normalised `logp_rl_BV` bit for bit. A token rl excludes
+    stays excluded. Where only base excludes tokens (log pi_Base = -inf) and gamma > 0, the limit is taken: all mass on
+    those tokens, shared as pi_RL^(1 + gamma).
+    """
+    base, rl = widen(logp_base_BV), widen(logp_rl_BV)
+    gamma = jnp.broadcast_to(jnp.asarray(gamma, rl.dtype), rl.shape[:-1])[..., None]
+    allowed = ~jnp.isneginf(rl)
+    unbounded = allowed & jnp.isneginf(base)
+    step = jnp.where(allowed & ~unbounded, rl - jnp.where(unbounded, 0.0, base), 0.0)
+    finite = rl + gamma * step
+    at_limit = jnp.where(unbounded, (1 + gamma) * rl, -jnp.inf)
+    scores = jnp.where((gamma > 0) & jnp.any(unbounded, axis=-1, keepdims=True), at_limit, finite)
+    scores = jnp.where((gamma < 0) & unbounded, -jnp.inf, scores)
+    log_z = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    already = (gamma == 0) & (jnp.abs(log_z) < _NORMALISED)
+    return scores - jnp.where(already | jnp.isneginf(log_z), 0.0, log_z)
+
+
+def published_top_logprobs(
+    logp_sampled_BV: Float[Array, "B V"],
+    logp_other_BV: Float[Array, "B V"],
+    k: int,
+    token_B: Int[Array, " B"] | None = None,
+) -> tuple[Float[jax.Array, "B V"], Float[jax.Array, "B V"]]:
+    """The pair the published code extrapolates between: the candidates are the sampled model's k best tokens.
+
+    Elsewhere both are -inf. The other model's value is its log-probability where the token is in its own k best, else
+    the least of those. Neither is renormalised (`extrapolate` does). `token_B`, the drawn tokens, joins the candidates
+    when it is not among them, as the published engine reports it. Equal log-probabilities at the cut: the lower
+    token id is kept. Criteria under the same rule: `fires(..., top_logprobs=k)`, not `fires` on this pair, because
+    KL(rl ‖ base) and H(rl) run over rl's own list whichever model is sampled.
+    """
+    sampled = _TopList(widen(logp_sampled_BV), k, token_B)
+    other = _TopList(widen(logp_other_BV), k)
+    rows_B1 = jnp.arange(sampled.ids_BK.shape[0])[:, None]
+    aligned_BK = jnp.where(jnp.isneginf(sampled.values_BK), -jnp.inf, other.lookup(sampled.ids_BK))
+
+    def scatter(values_BK):
+        # `max`, because the drawn token may be listed twice, the second time as -inf.
+        return jnp.full_like(sampled.logp_BV, -jnp.inf).at[rows_B1, sampled.ids_BK].max(values_BK)
+
+    return scatter(sampled.values_BK), scatter(aligned_BK)
+
+
+class _TopList:
+    """One model's k best log-probabilities a row (and the drawn token), as an inference engine reports them."""
+
+    def __init__(self, logp_BV: jax.Array, k: int, token_B: ArrayLike | None = None):
+        if k < 1:
+            raise ValueError(f"top_logprobs={k}: expected at least 1")
+        self.logp_BV = logp_BV
+        self.values_BK, self.ids_BK = jax.lax.top_k(logp_BV, min(k, logp_BV.shape[-1]))
+        self.least_B1 = self.cut_B1 = self.values_BK[:, -1:]
+        self.token_B1 = None
+        if token_B is not None:
+            self.token_B1 = jnp.asarray(token_B)[:, None]
+            drawn_B1 = jnp.take_along_axis(logp_BV, self.token_B1, axis=-1)
+            listed_B1 = jnp.any(self.ids_BK == self.token_B1, axis=-1, keepdims=True)
+            self.ids_BK = jnp.concatenate([self.ids_BK, self.token_B1.astype(self.ids_BK.dtype)], axis=-1)
+            self.values_BK = jnp.concatenate([self.values_BK, jnp.where(listed_B1, -jnp.inf, drawn_B1)], axis=-1)
+            self.least_B1 = jnp.where(listed_B1, self.cut_B1, drawn_B1)
+
+    def lookup(self, ids_BK: jax.Array) -> jax.Array:
+        """The listed log-probability of each id, the list's minimum for an id that is not in it."""
+        logp_BK = jnp.take_along_axis(self.logp_BV, ids_BK, axis=-1)
+        listed_BK = logp_BK >= self.cut_B1
+        if self.token_B1 is not None:
+            listed_BK |= ids_BK == self.token_B1
+        return jnp.where(listed_BK, logp_BK, self.least_B1)
+
+
+def _published_value(criterion: str, base, rl, token_B, k: int, sample_from: str) -> jax.Array:
+    """Entropies and divergences over top-k lists, renormalised."""
+    if criterion == "js_true":
+        raise ValueError("criterion='js_true' with top_logprobs: the published rule has no such form; drop one of them")
+    drawn_base, drawn_rl = _by_role(token_B, None, sample_from)
+
+    def over_own_list(p: _TopList, q: _TopList) -> tuple[jax.Array, jax.Array]:
+        q_BK = jnp.where(jnp.isneginf(p.values_BK), -jnp.inf, q.lookup(p.ids_BK))
+        return jax.nn.log_softmax(p.values_BK), jax.nn.log_softmax(q_BK)
+
+    base, rl = _TopList(base, k, drawn_base), _TopList(rl, k, drawn_rl)
+    if criterion == "entropy_base":
+        return entropy(jax.nn.log_softmax(base.values_BK))
+    if criterion == "entropy_rl":
+        return entropy(jax.nn.log_softmax(rl.values_BK))
+    if criterion == "kl":
+        return kl_divergence(*over_own_list(rl, base))
+    if criterion == "kl_reverse":
+        return kl_divergence(*over_own_list(base, rl))
+    return (kl_divergence(*over_own_list(rl, base)) + kl_divergence(*over_own_list(base, rl))) / 2
+
+
+def _by_role(first, second, sample_from: str):
+    """(base, rl) <-> (sampled, other): the same swap both ways."""
+    if sample_from not in ("base", "rl"):
+        raise ValueError(f"sample_from={sample_from!r}: expected 'base' or 'rl'")
+    return (first, second) if sample_from == "base" else (second, first)
+
+
+def _pick(logp_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
+
+
+def _uniform(key: jax.Array | np.ndarray, rows: int) -> jax.Array:
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.random.uniform(key, (rows,))
+    if key.shape != (rows,):
+        raise ValueError(f"key has shape {key.shape}: expected one key, or one for each of the {rows} rows")
+    return jax.vmap(jax.random.uniform)(key)
+
+
+def _check_criterion(criterion: str) -> None:
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion={criterion!r}: expected one of {', '.join(CRITERIA)}")

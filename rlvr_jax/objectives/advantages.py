@@ -1,0 +1,72 @@
+"""Advantages of responses relative to the other responses of their prompt (GRPO form)."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from rlvr_jax.direction import widen
+from rlvr_jax.typing import Array, Float, Int
+
+
+def group_advantages(
+    scores_B: Float[Array, " B"] | Int[Array, " B"],
+    group_B: Int[Array, " B"],
+    *,
+    normalize_by_std: bool = True,
+    epsilon: float = 1e-6,
+    num_groups: int | None = None,
+) -> Float[jax.Array, " B"]:
+    """A = (score - mean) / (std + epsilon) inside each prompt's group, std with ddof = 1 (DeepSeekMath, 2402.03300).
+
+    `group_B` names each response's prompt. With `num_groups` (static) the ids are 0 .. num_groups - 1 and an id beyond
+    them gives NaN; without it any ids do, at the cost of a sort. A negative id marks a padding row: it belongs to no
+    group and gets 0. A group of one has mean 0 and std 1, so it keeps its score. A group whose scores are all equal
+    gets exactly 0. `normalize_by_std=False` leaves out the division (Dr. GRPO, 2503.20783).
+    """
+    scores_B, group_B = widen(scores_B), jnp.asarray(group_B)
+    if scores_B.shape != group_B.shape:
+        raise ValueError(f"group_B has shape {group_B.shape}: expected {scores_B.shape}, as scores_B")
+    counted_B = group_B >= 0
+    centred_B, sum_squares_B, count_B = group_deviations(scores_B, group_B, counted_B, num_groups=num_groups)
+    alone_B = count_B == 1
+    centred_B = jnp.where(alone_B, scores_B, centred_B)
+    if normalize_by_std:
+        std_B = jnp.sqrt(sum_squares_B / jnp.maximum(count_B - 1, 1))
+        centred_B = centred_B / (jnp.where(alone_B, 1.0, std_B) + epsilon)
+    return jnp.where(counted_B, centred_B, 0.0)
+
+
+def group_deviations(
+    values_B: Float[Array, " B"], group_B: Int[Array, " B"], counted_B: ArrayLike, *, num_groups: int | None = None
+) -> tuple[Float[jax.Array, " B"], Float[jax.Array, " B"], Float[jax.Array, " B"]]:
+    """(value - group mean, group sum of its squares, group size), each given to every row; uncounted rows are left out.
+
+    Two passes, and exact zeros where a group's values are all equal: the mean of equal floats need not equal them.
+    """
+    B = values_B.shape[0]
+    counted_B = jnp.asarray(counted_B, bool)
+    if num_groups is None:
+        # At most B different ids: a static size, so this traces.
+        segments, segment_B = B, jnp.unique(group_B, size=B, return_inverse=True)[1].reshape(B)
+    else:
+        # One segment more collects the uncounted rows; the one after it does not exist.
+        segments, segment_B = num_groups, jnp.where(jnp.asarray(group_B) < num_groups, group_B, num_groups + 1)
+    segment_B = jnp.where(counted_B, segment_B, segments)
+
+    def total(x_B):
+        x_G = jax.ops.segment_sum(jnp.where(counted_B, x_B, 0.0), segment_B, num_segments=segments + 1)
+        return _spread(x_G, segment_B)
+
+    count_B = total(jnp.ones_like(values_B))
+    safe_count_B = jnp.maximum(count_B, 1.0)
+    centred_B = values_B - total(values_B) / safe_count_B
+    centred_B = centred_B - total(centred_B) / safe_count_B  # takes out the rounding of the first mean
+    highest_B = _spread(jax.ops.segment_max(values_B, segment_B, num_segments=segments + 1), segment_B)
+    lowest_B = _spread(jax.ops.segment_min(values_B, segment_B, num_segments=segments + 1), segment_B)
+    centred_B = jnp.where(highest_B == lowest_B, 0.0, centred_B)
+    return centred_B, total(centred_B**2), count_B
+
+
+def _spread(x_G: jax.Array, segment_B: jax.Array) -> jax.Array:
+    """Each row's group value; NaN, hence visible, for an id no group has."""
+    return x_G.at[segment_B].get(mode="fill", fill_value=jnp.nan)
