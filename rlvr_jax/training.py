@@ -61,8 +61,8 @@ def make_train_step(
       optimizer: an optax transformation; gradient clipping is part of it.
       loss_fn: `(apply, params, batch) -> ((sum, weight), metrics)`, each metric a `(sum, weight)` as well. The weight
         must not depend on params.
-      micro_batches: every array of `batch` has B rows first; micro-batch i takes the rows i, i + micro_batches, ...
-        (strided, so a batch dimension that is sharded over devices stays so).
+      micro_batches: every array of `batch` has B rows first, or is a scalar, which all share; micro-batch i takes the
+        rows i, i + micro_batches, ... (strided, so a batch dimension that is sharded over devices stays so).
       shardings: placement of the state (`jax.tree.map(lambda x: x.sharding, state)`); gradients and the new state are
         kept there. Without it the compiler chooses.
 
@@ -85,8 +85,8 @@ def make_train_step(
         (total, (weight, metrics)), grads = jax.value_and_grad(summed, has_aux=True)(params, batch)
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (total, weight, metrics, grads))
 
-    def placed(tree: Tree, where: Tree) -> Tree:
-        return tree if shardings is None else jax.lax.with_sharding_constraint(tree, where)
+    def placed(grads: Tree) -> Tree:
+        return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings.params)
 
     def accumulated(params: Tree, batch: Tree) -> Tree:
         if micro_batches == 1:
@@ -97,28 +97,30 @@ def make_train_step(
 
         def add(carry: Tree, part: Tree) -> tuple[Tree, None]:
             *scalars, grads = jax.tree.map(jnp.add, carry, sums(params, part))
-            return (*scalars, placed(grads, shardings and shardings.params)), None
+            return (*scalars, placed(grads)), None
 
         return jax.lax.scan(add, zeros, parts)[0]
 
     def step(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, Scalar]]:
         total, weight, extra, grads = accumulated(state.params, batch)
         grads = jax.tree.map(lambda g, p: (g / _divisor(weight)).astype(p.dtype), grads, state.params)
-        grads = placed(grads, shardings and shardings.params)
+        grads = placed(grads)
         loss, grad_norm = total / _divisor(weight), optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         new = jax.tree.map(lambda a, b: jnp.where(finite & (weight > 0), a, b), new, state)
         metrics = {name: value / _divisor(count) for name, (value, count) in extra.items()}
-        return placed(new, shardings), metrics | {
+        return new, metrics | {
             "loss": loss,
             "weight": weight,
             "grad_norm": grad_norm,
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
 
-    return jax.jit(step, donate_argnums=0)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def adamw(
@@ -137,7 +139,8 @@ def with_learning_rate(state: TrainState, learning_rate: float) -> TrainState:
     """The state of an `adamw()` optimizer with another learning rate; nothing is compiled again."""
     hyper = state.opt_state.hyperparams
     old = hyper["learning_rate"]
-    new = jax.device_put(np.asarray(learning_rate, old.dtype), old.sharding)
+    # Committed to its devices or not, as the old one: the difference alone would compile the step again.
+    new = jax.device_put(np.asarray(learning_rate, old.dtype), old.sharding if old.committed else None)
     return state.replace(opt_state=state.opt_state._replace(hyperparams=hyper | {"learning_rate": new}))
 
 
@@ -158,6 +161,8 @@ def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, final: flo
 
 
 def _strided(x: jax.Array, parts: int) -> jax.Array:
+    if np.ndim(x) == 0:
+        return jnp.broadcast_to(x, (parts,))
     if x.shape[0] % parts:
         raise ValueError(f"micro_batches={parts} does not divide the {x.shape[0]} rows of a batch array {x.shape}")
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)

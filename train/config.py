@@ -1,0 +1,189 @@
+"""Configuration of a DAPO run: nested frozen dataclasses, filled from a recipe file and from flags."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""
+    """Hugging Face folder of the base model, with its tokenizer.json."""
+    max_position_embeddings: int | None = None
+    """Declared context length in tokens; None takes config.json's."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on accelerators, float32 on CPU. Master weights are float32 in any case."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the training forward keeps for the backward pass: everything, matmul results, or layer inputs only."""
+    logprob_chunk: int = 1024
+    """Tokens whose logits exist at one time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    train: str = ""
+    """Training problems: parquet in the published schema, or JSONL."""
+    val: str | None = None
+    """Validation problems; None: no evaluation."""
+    prompt_suffix: str = ""
+    """Appended to the (stripped) last user turn."""
+    max_prompt: int = 2048
+    """Longest prompt in tokens."""
+    too_long: Literal["truncate_left", "drop", "error"] = "truncate_left"
+    """What becomes of longer prompts. How many there are is said once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    generation_batch: int = 1536
+    """Prompts a generation batch."""
+    n: int = 16
+    """Responses a prompt: one group."""
+    max_response: int = 8192
+    """Longest response in tokens, the stop token included."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    prompts_at_once: int | None = None
+    """Prompts decoded together; bounds the memory of the cache. None: the whole generation batch."""
+    chunk: int = 64
+    """Decode steps between two looks of the host."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    rule: str = "math_verify"
+    """"math_verify", "dapo_answer", or "module:function" of your own, called with (response, answer)."""
+    workers: int = 2
+    """Grading processes."""
+    timeout_s: float = 10.0
+    """Seconds an answer may take; a slower one counts as wrong."""
+    overlong_buffer: int = 4096
+    """Tokens before max_response over which the punishment grows; 0: none."""
+    overlong_factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskConfig:
+    kind: str = "all"
+    """A kind of `rlvr_jax.token_mask`; "all": every response token."""
+    quantile: float = 0.8
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the kind compares with the reference (base) model, which then runs over every batch."""
+        return self.kind.endswith("delta_logp")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReweightConfig:
+    kind: str = "none"
+    """A kind of `rlvr_jax.reweight`; "low_prob" is the paper's."""
+    alpha: float = 0.2
+    where: Literal["all", "positive", "negative"] = "all"
+    mask: MaskConfig = MaskConfig()
+    """Only these tokens are re-weighted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+    reweight: ReweightConfig = ReweightConfig()
+    loss_mask: MaskConfig = MaskConfig()
+    """Only these tokens enter the loss."""
+    normalize_by_std: bool = True
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    clip_dual: float = 10.0
+    aggregation: str = "token-mean"
+    dynamic_sampling: bool = True
+    """Keep only groups whose accuracy varies."""
+    max_generation_batches: int = 10
+    """Generation batches a trainer step may take."""
+    when_short: Literal["error", "pad"] = "error"
+    """After that many without a full batch: stop, or train on the groups there are, padded with zero-weight rows."""
+    surplus: Literal["carry", "discard"] = "carry"
+    """Kept groups beyond train_batch: first in line for the next step, or thrown away (as published)."""
+    train_batch: int = 512
+    """Prompts (groups) a trainer step."""
+    mini_batch: int = 32
+    """Prompts (groups) an optimizer step."""
+    micro_batches: int = 1
+    """Parts of a mini-batch (and of its scoring) that pass through the model one after the other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-6
+    warmup: int = 10
+    """Trainer steps: step s, counted from 0, has min(1, s / warmup) * lr, so the first runs at 0, as published."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int = 5
+    """Trainer steps between evaluations; 0: none. The first and the last model are evaluated too."""
+    n: int = 32
+    """Responses a problem."""
+    pass_k: tuple[int, ...] = (1, 4, 16)
+    """Pass@k for these k (those not above n)."""
+    temperature: float = 1.0
+    top_p: float = 0.7
+    prompts_at_once: int | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 10
+    """Trainer steps between checkpoints; 0: the last step only."""
+    keep: int | None = None
+    """Newest checkpoints kept; None: all."""
+    export_every: int = 0
+    """Trainer steps between exports of a Hugging Face folder to run_dir/hf_step_N; 0: at the end only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = True
+    rollouts: bool = True
+    """Write every trained response to run_dir/rollouts, one JSONL file a trainer step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run_dir: str = "runs/dapo"
+    """Where everything goes. A run continues from its newest checkpoint there."""
+    steps: int | None = None
+    """Trainer steps in all; None: as many as the epochs give."""
+    epochs: int = 1
+    """Passes over the training problems; the run ends with them, or after `steps` if that comes first."""
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+# What may differ between a checkpoint and the run that continues it: none of it changes what is trained.
+MAY_CHANGE = (
+    *("run_dir", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "data.val"),
+    *("model.remat", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk", "algorithm.micro_batches"),
+    *("reward.workers", "reward.timeout_s"),
+)

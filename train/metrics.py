@@ -1,0 +1,141 @@
+"""Where a run's numbers go: one JSON object a line, TensorBoard, and a display for whoever watches."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from rlvr_jax.files import atomic_path
+
+
+class MetricLog:
+    """`metrics.jsonl` and TensorBoard events of a run.
+
+    Every record names its trainer step under "trainer_steps" and its kind under "kind" ("train" or "eval").
+
+    Args:
+      run_dir: the run's folder; events go to `run_dir/tensorboard`.
+      after_step: None for a new run (older files are replaced); on resume, the checkpointed trainer step: lines of
+        later steps are dropped, since those steps will be made again, and TensorBoard is told to forget them.
+      tensorboard: write events as well.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], *, after_step: int | None = None, tensorboard: bool = True):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._keep_lines(-1 if after_step is None else after_step)
+        self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._events = EventFileWriter(str(Path(run_dir) / "tensorboard")) if tensorboard else None
+        if self._events is not None and after_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._events.add_event(Event(wall_time=time.time(), step=after_step + 1, session_log=start))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record; numbers that are not finite are written as null (JSON has no word for them)."""
+        clean = {name: plain(value) for name, value in record.items()}
+        self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._events is None:
+            return
+        values = [
+            Summary.Value(tag=f"{record['kind']}/{name}", simple_value=value)
+            for name, value in clean.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        step = int(record["trainer_steps"])
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _keep_lines(self, last_step: int) -> None:
+        if not self.path.exists():
+            return
+        with atomic_path(self.path) as temporary, open(self.path, encoding="utf-8") as lines:
+            kept = [line for line in lines if _step_of(line) <= last_step]
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    """Trainer step of a line; infinity for a line cut short by a kill, which is then dropped."""
+    try:
+        return json.loads(line)["trainer_steps"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf
+
+
+def plain(value: Any) -> Any:
+    """A number, string, bool or list as JSON has it; None for a number that is not finite."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+class Display:
+    """Progress of a run: a live bar on a terminal, one plain line a step elsewhere.
+
+    Args:
+      console: where to show it.
+      total: number of steps in all, or None when unknown.
+      done: steps made before this process began.
+      columns: metric name -> format, the numbers worth a glance.
+    """
+
+    def __init__(self, console: Console, *, total: int | None, done: int, columns: Mapping[str, str]):
+        self._console, self._columns, self._total = console, columns, total
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=total, completed=done, numbers="")
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def phase(self, name: str) -> None:
+        """What the run is doing now: "rollout", "grade", "score", "update", "eval", "save"."""
+        self._bar.update(self._task, description=name)
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """A step is done."""
+        numbers = "  ".join(
+            f"{name} {record[name]:{form}}" for name, form in self._columns.items() if _is_number(record.get(name))
+        )
+        self._bar.update(self._task, advance=1, numbers=numbers)
+        if not self._console.is_terminal:
+            of_total = "" if self._total is None else f"/{self._total}"
+            self.line(f"step {record['trainer_steps']}{of_total}  {numbers}")
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__") and not isinstance(value, str)
