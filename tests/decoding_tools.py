@@ -1,9 +1,15 @@
-"""What the decoding tests share: a count of compilations."""
+"""What the decoding tests share: a count of compilations, a toy model with a cache, tiny Qwen models, chi-square."""
 
 import contextlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlvr_jax.decoding.generate import LanguageModel
+from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.qwen import init_params
 
 _compiled: list[str] = []
 
@@ -23,3 +29,77 @@ def compilations() -> Iterator[list[str]]:
     inside: list[str] = []
     yield inside
     inside.extend(_compiled[before:])
+
+
+def toy_model() -> LanguageModel:
+    """A language model whose every token sees its whole history, through a cache of token ids indexed by position.
+
+    hidden(t) = sum over s <= t of decay^(t - s) embed[token_s]: junk left in the cache, a position that is off by one
+    or a token fed twice changes the logits.
+    """
+
+    def forward(params, tokens_BT, positions_BT, cache_BS):
+        rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
+        cache_BS = cache_BS.at[rows_B1, positions_BT].set(tokens_BT, mode="drop")
+        age_BTS = positions_BT[:, :, None] - jnp.arange(cache_BS.shape[1])
+        weight_BTS = jnp.where(age_BTS >= 0, params["decay"] ** jnp.maximum(age_BTS, 0), 0.0)
+        return jnp.einsum("BTS,BSD->BTD", weight_BTS, params["embed"][cache_BS]), cache_BS
+
+    return LanguageModel(
+        forward=forward,
+        logits=lambda params, hidden: hidden @ params["unembed"],
+        init_cache=lambda batch, length: jnp.full((batch, length), 1, jnp.int32),  # junk, not a neutral zero
+        grow_cache=lambda cache, length: jnp.pad(cache, ((0, 0), (0, length - cache.shape[1])), constant_values=2),
+        repeat_cache=lambda cache, n: jnp.repeat(cache, n, axis=0),
+    )
+
+
+def toy_params(seed: int, vocabulary: int = 11, width: int = 8, scale: float = 1.2) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "embed": rng.normal(size=(vocabulary, width)).astype(np.float32),
+        "unembed": (rng.normal(size=(width, vocabulary)) * scale / np.sqrt(width)).astype(np.float32),
+        "decay": np.float32(0.8),
+    }
+
+
+def toy_logits(params: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
+    """float64 logits of the token after `tokens`."""
+    ages = np.arange(len(tokens))[::-1]
+    hidden = (params["decay"].astype(np.float64) ** ages) @ params["embed"][list(tokens)].astype(np.float64)
+    return hidden @ params["unembed"].astype(np.float64)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return p / p.sum(axis=-1, keepdims=True)
+
+
+def chi_square(tokens: np.ndarray, p: np.ndarray) -> float:
+    """How far counts of `tokens` are from `p`, in standard deviations of the chi-square statistic; inf off the support."""
+    counts = np.bincount(tokens, minlength=len(p))
+    if counts[p == 0].sum():
+        return np.inf
+    expected = counts.sum() * p[p > 0]
+    free = max(len(expected) - 1, 1)
+    return (((counts[p > 0] - expected) ** 2 / expected).sum() - len(expected) + 1) / np.sqrt(2 * free)
+
+
+def tiny_qwen(model_type: str = "qwen3", seed: int = 0, **fields: object) -> tuple[QwenConfig, dict]:
+    """A two-layer model with weights wide enough that its distributions are not flat."""
+    config = QwenConfig(
+        model_type=model_type,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        **fields,
+    )
+    return config, init_params(config, jax.random.key(seed))

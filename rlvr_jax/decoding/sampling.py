@@ -1,10 +1,10 @@
 """Drawing tokens: temperature, top-k, top-p, all of them traced arrays, without ever sorting a vocabulary.
 
-A token is drawn by inverting the cumulative distribution in two levels (first a block of the vocabulary, then a token in
-it), so a draw costs two random numbers a row instead of one a vocabulary entry. Top-p is exact and needs no threshold:
-draw from the whole distribution, keep the token if the tokens more probable than it hold less than `top_p`, else draw
-again among those more probable ones. What is accepted is distributed as the renormalised nucleus, and as the set shrinks
-at every rejection the loop ends after two or three passes over the vocabulary for usual values of top_p.
+A token is drawn by inverting the cumulative distribution in two levels (first a block of the vocabulary, then a token
+in it), so a draw costs two random numbers a row instead of one a vocabulary entry. Top-p is exact and needs no
+threshold: draw from the whole distribution, keep the token if the tokens more probable than it hold less than `top_p`,
+else draw again among those more probable ones. What is accepted is distributed as the renormalised nucleus, and as the
+set shrinks at every rejection the loop ends after two or three passes over the vocabulary for usual values of top_p.
 """
 
 from typing import NamedTuple
@@ -64,9 +64,9 @@ def filtered_logprobs(
 ) -> Float[jax.Array, "*B V"]:
     """The normalised log-probabilities that `sample` draws from; -inf for tokens that cannot be drawn.
 
-    In this order: softmax(logits / temperature); the `top_k` most probable tokens, renormalised; the smallest set of most
-    probable tokens whose probabilities sum to at least `top_p` (nucleus sampling, Holtzman et al., arXiv 1904.09751),
-    renormalised. Tokens as probable as the last one kept are all kept, so that the result does not depend on their order.
+    In this order: softmax(logits / temperature); the `top_k` most probable tokens, renormalised; the smallest set of
+    most probable tokens whose probabilities sum to at least `top_p` (nucleus sampling, Holtzman et al., arXiv
+    1904.09751), renormalised. Tokens as probable as the last one kept are all kept, so the order of tokens is nothing.
     Temperature 0 puts everything on the first of the most probable tokens, whatever top_p and top_k.
 
     Args:
@@ -154,7 +154,7 @@ def log_normaliser(logits_BV: Float[Array, "B V"]) -> Float[jax.Array, " B"]:
 def token_logprob(
     logits_BV: Float[Array, "B V"], token_B: Int[Array, " B"], temperature_B: Float[Array, " B"], log_z_B: Array
 ) -> Float[jax.Array, " B"]:
-    """log softmax(logits / temperature) at the tokens, given its normaliser (from `draw`); temperature 0 counts as 1."""
+    """log softmax(logits / temperature) at the tokens, given its normaliser from `draw`; temperature 0 counts as 1."""
     logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     return logit_B / jnp.where(temperature_B == 0, 1.0, temperature_B) - log_z_B
 
@@ -211,7 +211,7 @@ def _pick(mass_BV: jax.Array, blocks_BN: jax.Array, floor_B: jax.Array, numbers_
 
 
 def _invert(weights_BN: jax.Array, number_B1: jax.Array) -> jax.Array:
-    """The first index whose cumulative weight exceeds number * total. Never one of weight zero, whatever rounding does."""
+    """The first index whose cumulative weight exceeds number * total; never one of weight zero, whatever rounding."""
     cumulative_BN = jnp.cumsum(weights_BN, axis=-1)
     candidates_BN = (weights_BN > 0) & (cumulative_BN > number_B1 * cumulative_BN[:, -1:])
     missed_B1 = ~jnp.any(candidates_BN, axis=-1, keepdims=True)

@@ -1,0 +1,245 @@
+"""Generating with Qwen models: `generate` and `generate_selective`, the decoders bound to the models.
+
+Arguments are checked before anything is compiled. Nothing is compiled again for other parameters of the same shapes,
+another seed, temperature, top-p, top-k, tau or gamma, or for prompts whose longest falls in the same bucket.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from rlvr_jax.decoding.batch import check_count, check_prompts, check_stop_tokens
+from rlvr_jax.decoding.generate import Generation, LanguageModel, OnChunk, decode
+from rlvr_jax.decoding.selective import SelectiveGeneration, decode_selective
+from rlvr_jax.models import cache as kv_cache
+from rlvr_jax.models import qwen
+from rlvr_jax.models.cache import KVCache
+from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.sharding import constrain
+from rlvr_jax.typing import Array
+
+Params = Any
+Prompts = Sequence[Sequence[int]] | np.ndarray
+
+
+def generate(
+    config: QwenConfig,
+    params: Params,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int,
+    n: int = 1,
+    temperature: ArrayLike = 1.0,
+    top_p: ArrayLike = 1.0,
+    top_k: ArrayLike = 0,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    mesh: Mesh | None = None,
+    on_chunk: OnChunk | None = None,
+) -> Generation:
+    """Draws `n` responses to each prompt.
+
+    Args:
+      config, params: the model, from `load_hf` or `init_params`.
+      prompts: token ids, lists of any lengths.
+      max_new_tokens: the most tokens of a response.
+      n: responses a prompt.
+      temperature: 0 is greedy. top_p: in (0, 1]. top_k: 0 for no limit. Numbers, or one for each of the
+        len(prompts) * n rows.
+      seed: a row's tokens depend on its prompt, its settings, the seed and the indices of prompt and sample alone.
+      stop_tokens: ids that end a response (none: always max_new_tokens).
+      mesh: splits the rows over its data and fsdp axes; the parameters stay where they are.
+      on_chunk: called now and then with the number of finished rows and of tokens drawn so far.
+
+    Returns:
+      `Generation(tokens, logp, lengths, finished)`, numpy, row = prompt * n + sample.
+
+    Raises:
+      ValueError: naming the argument, its value and what was expected.
+    """
+    config = _resolved("config", config, params)
+    _check_tokens("config", config, prompts, stop_tokens, max_new_tokens)
+    return decode(
+        language_model(config),
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        n=n,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop_tokens=stop_tokens,
+        mesh=mesh,
+        on_chunk=on_chunk,
+    )
+
+
+def generate_selective(
+    config_base: QwenConfig,
+    params_base: Params,
+    config_rl: QwenConfig,
+    params_rl: Params,
+    prompts: Prompts,
+    *,
+    criterion: str,
+    tau: ArrayLike | None,
+    gamma: ArrayLike,
+    max_new_tokens: int,
+    sample_from: str = "base",
+    block: int | None = None,
+    top_logprobs: int | None = None,
+    n: int = 1,
+    temperature: ArrayLike = 1.0,
+    top_p: ArrayLike = 1.0,
+    top_k: ArrayLike = 0,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    mesh: Mesh | None = None,
+    on_chunk: OnChunk | None = None,
+) -> SelectiveGeneration:
+    """Draws `n` responses to each prompt by selective replacement / extrapolation (arXiv 2603.22117, section 4.1).
+
+    Each token is drawn from the model that `sample_from` names. Where `criterion` selects it, it is drawn again from
+    softmax(((1 + gamma) log pi_RL - gamma log pi_Base) / temperature). gamma = 0 is replacement. Published settings:
+    temperature 1, top-p 0.7, delta_logp, tau -0.3 to -0.4, gamma 0.05 to 0.1; an extrapolation wants gamma = 0 at the
+    same tau and the RL model at lower temperatures beside it.
+
+    Args:
+      config_base, params_base, config_rl, params_rl: the two models, over the same vocabulary.
+      criterion: delta_logp, neg_delta_logp, abs_delta_logp, entropy_base, entropy_rl, kl, kl_reverse, js, js_true,
+        random, none or all; see `fires`.
+      tau: threshold, a number or one a row (None for none and all).
+      gamma: a number or one a row.
+      sample_from: "base" or "rl".
+      block: None; decoding in verified blocks of tokens is not built yet.
+      top_logprobs: None sees whole distributions; 50 is the published code's rule.
+      The others are those of `generate`.
+
+    Returns:
+      A `Generation` with `fired`, `delta_logp` and `sampled_token`, each [R, max_new_tokens].
+
+    Raises:
+      ValueError: naming the argument, its value and what was expected.
+    """
+    if block is not None:
+        raise ValueError(f"block={block!r}: expected None, decoding in verified blocks is not available")
+    if config_base.vocab_size != config_rl.vocab_size:
+        raise ValueError(
+            f"vocab_size of config_base is {config_base.vocab_size} and of config_rl {config_rl.vocab_size}: "
+            "expected two models over one vocabulary"
+        )
+    base = _resolved("config_base", config_base, params_base)
+    rl = _resolved("config_rl", config_rl, params_rl)
+    for name, config in (("config_base", base), ("config_rl", rl)):
+        _check_tokens(name, config, prompts, stop_tokens, max_new_tokens)
+    return decode_selective(
+        (language_model(base), language_model(rl)),
+        (params_base, params_rl),
+        prompts,
+        criterion=criterion,
+        tau=tau,
+        gamma=gamma,
+        sample_from=sample_from,
+        top_logprobs=top_logprobs,
+        max_new_tokens=max_new_tokens,
+        n=n,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop_tokens=stop_tokens,
+        mesh=mesh,
+        on_chunk=on_chunk,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def language_model(config: QwenConfig) -> LanguageModel:
+    """The functions of a Qwen model for `decoding`; the same object for the same config, so that programs are reused.
+
+    The cache is kept in the config's compute dtype (float32 where the config leaves it open).
+    """
+
+    def forward(params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache) -> tuple:
+        hidden_BTD, cache = qwen.cached_hidden_states(config, params, tokens_BT, positions_BT, cache)
+        return hidden_BTD, _constrained(cache)
+
+    def logits(params: Params, hidden: jax.Array) -> jax.Array:
+        return constrain(qwen.logits(config, params, hidden), "batch", *[None] * (hidden.ndim - 2), "vocab")
+
+    return LanguageModel(
+        forward=forward,
+        logits=logits,
+        init_cache=lambda batch, length: _constrained(kv_cache.init_cache(config, batch, length)),
+        grow_cache=lambda cache, length: _constrained(kv_cache.grow_cache(cache, length)),
+        repeat_cache=lambda cache, n: _constrained(kv_cache.repeat_cache(cache, n)),
+        prepare=functools.partial(_prepare, config),
+    )
+
+
+def _constrained(cache: KVCache) -> KVCache:
+    return jax.tree.map(lambda x_BKSH: constrain(x_BKSH, "batch", "kv_heads", None, "head_dim"), cache)
+
+
+def _prepare(config: QwenConfig, params: Params) -> Params:
+    """One dict a layer, matrices in the compute dtype: what each step would otherwise slice and cast again.
+
+    Norms keep their dtype, since they are applied in float32: every number is as with the parameters unprepared.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    rest = {name: x for name, x in params.items() if name != "layers"}
+    cast = {name: x for name, x in rest.items() if _cast_to(config, name, x) != x.dtype}
+    return rest | dict(_unstack_and_cast(config, {"layers": params["layers"], **cast}))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unstack_and_cast(config: QwenConfig, params: Params) -> Params:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(_cast_to(config, path[-1].key, x)), qwen.unstack_layers(config, params)
+    )
+
+
+def _cast_to(config: QwenConfig, name: str, x: Array) -> jnp.dtype:
+    return jnp.dtype(x.dtype) if config.dtype is None or "norm" in name else jnp.dtype(config.dtype)
+
+
+def _resolved(name: str, config: QwenConfig, params: Params) -> QwenConfig:
+    """The config with its compute dtype written out (by default that of the parameters), which is the cache's too."""
+    expected = (config.vocab_size, config.hidden_size)
+    if params["embed"].shape != expected:
+        raise ValueError(
+            f"the embedding in the parameters of {name} has shape {params['embed'].shape}: expected {expected}, "
+            "(vocab_size, hidden_size) of the config"
+        )
+    if config.dtype is not None:
+        return config
+    return dataclasses.replace(config, dtype=jnp.dtype(params["embed"].dtype).name)
+
+
+def _check_tokens(
+    name: str, config: QwenConfig, prompts: Prompts, stop_tokens: Sequence[int], max_new_tokens: int
+) -> None:
+    """The checks that need the config; the others are those of `decode`."""
+    arrays = check_prompts(prompts)
+    named = {f"prompts[{index}]": tokens for index, tokens in enumerate(arrays)}
+    for argument, tokens in (named | {"stop_tokens": check_stop_tokens(stop_tokens)}).items():
+        if tokens.max() >= config.vocab_size:
+            raise ValueError(
+                f"{argument} has token {tokens.max()}: expected ids below vocab_size {config.vocab_size} of {name}"
+            )
+    longest = max(len(tokens) for tokens in arrays)
+    total = longest + check_count("max_new_tokens", max_new_tokens)
+    if total > config.max_position_embeddings:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) + max_new_tokens={max_new_tokens} is {total}: expected at most "
+            f"max_position_embeddings {config.max_position_embeddings} of {name}"
+        )
