@@ -179,6 +179,8 @@ def _check_pair(where: str, setting: Setting) -> None:
     if setting.sample_from not in ("base", "rl"):
         raise ValueError(f"{where}sample_from = {setting.sample_from!r}: expected base or rl")
     if setting.top_logprobs is not None:
+        if setting.criterion == "js_true":
+            raise ValueError(f"{where}top_logprobs = {setting.top_logprobs}: criterion js_true has no published form")
         _at_least_one(f"{where}top_logprobs", setting.top_logprobs)
 
 

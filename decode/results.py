@@ -10,7 +10,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,16 +183,19 @@ def _token_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
 # ---- the folder of a run -------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process. Raises ValueError when another run writes to it."""
+def lock(folder: Path) -> contextlib.AbstractContextManager[Any]:
+    """Holds the folder for this process until the result is closed or the process ends, however it ends.
+
+    Raises:
+      ValueError: another run writes to the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"out = {folder}: another decoding run is writing to this folder") from error
-        yield
+    held = contextlib.closing(open(folder / ".lock", "w"))  # noqa: SIM115
+    try:
+        fcntl.flock(held.thing, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"out = {folder}: another decoding run is writing to this folder") from error
+    return held
 
 
 def check_resume(folder: Path, config: DecodeConfig, inputs: dict[str, str]) -> None:
@@ -237,7 +240,7 @@ def _plain(config: DecodeConfig) -> dict[str, Any]:
     """The configuration as JSON gives it back, paths absolute."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     for key in ("base", "rl", "problems", "tokenizer"):
-        if values[key]:
+        if values[key] and os.path.exists(values[key]):  # else a name on the hub
             values[key] = os.path.abspath(values[key])
     return values
 

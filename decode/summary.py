@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from decode.config import Setting
@@ -78,36 +79,27 @@ def write_summaries(folder: Path, summaries: Sequence[dict[str, Any]]) -> None:
 
 
 def summary_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """The summaries as a table for the terminal."""
+    """The summaries as a table for a terminal of 80 columns or more. `ended`: share of responses that drew a stop."""
     ks = {summary["k"] for summary in summaries}
     k = str(ks.pop()) if len(ks) == 1 else "k"
-    table = Table(title=f"{summaries[0]['problems']} problems, {k} samples each")
+    title = f"{summaries[0]['problems']} problems, {k} samples each; shares in %"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("setting", overflow="fold")
-    for heading in (
-        f"Avg@{k}",
-        "95% interval",
-        f"Pass@{k}",
-        f"maj@{k}",
-        "selected",
-        "changed",
-        "length",
-        "finished",
-        "tok/s",
-    ):
+    for heading in (f"Avg@{k}", "95% int.", f"Pass@{k}", f"maj@{k}", "select", "change", "length", "ended", "tok/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
         low, high = summary["interval"]
         table.add_row(
             summary["setting"],
             _percent(summary["avg_at_k"]),
-            f"{_percent(low)} - {_percent(high)}",
+            f"{_percent(low)}-{_percent(high)}",
             _percent(summary["pass_at_k"][str(summary["k"])]),
             _percent(summary["maj_at_k"]),
             _percent(summary["share_selected"]),
             _percent(summary["share_changed"]),
-            f"{summary['mean_length']:.1f}",
+            f"{summary['mean_length']:.0f}",
             _percent(summary["share_finished"]),
-            f"{summary['tokens_per_second']:,.0f}",
+            f"{summary['tokens_per_second']:.0f}",
         )
     return table
 
@@ -119,4 +111,4 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
+    return f"{100 * share:.1f}"

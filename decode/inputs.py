@@ -1,0 +1,177 @@
+"""Reads and checks what a decoding run needs besides the weights, so that bad input ends it within seconds."""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from decode.config import DecodeConfig
+from rlvr_jax.data.problems import Problem, read_problems
+from rlvr_jax.data.text import encode_text, load_tokenizer, render_chat, stop_token_ids
+from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.hf import checkpoint_folder
+
+BLOCKS, BLOCK_BYTES = 16, 1 << 16  # what is hashed of each weight file, evenly spread
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Checked inputs.
+
+    `folders` are those of the models in use, by role; `prompts` token ids and `texts` their rendered chat text, both in
+    the order of `problems`; `fingerprints` tell whether a later run reads the same.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    folders: dict[str, Path]
+    problems: list[Problem]
+    prompts: list[list[int]]
+    texts: list[str]
+    stop_tokens: tuple[int, ...]
+    fingerprints: dict[str, str]
+
+
+def read_inputs(config: DecodeConfig) -> Inputs:
+    """Reads all but the weights for a resolved configuration.
+
+    Raises:
+      ValueError, OSError: one sentence naming the file or key: a missing or empty file, a vocabulary mismatch between
+        base and rl, a prompt longer than allowed.
+    """
+    used = {setting.model for setting in config.settings}
+    folders = {
+        role: _model_folder(role, path)
+        for role, path in (("base", config.base), ("rl", config.rl))
+        if path is not None and used & {role, "pair"}
+    }
+    models = {role: QwenConfig.from_hf(folder) for role, folder in folders.items()}
+    tokenizer_folder = _tokenizer_folder(config)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    _check_vocabularies(models, folders, tokenizer, tokenizer_folder)
+    problems = _read_problems(config)
+    texts = [render_chat(tokenizer, problem.messages) for problem in problems]
+    prompts = [encode_text(tokenizer, text) for text in texts]
+    _check_lengths(config, models, problems, prompts)
+    fingerprints = {"problem file": _hash_file(Path(config.problems)), "tokenizer": _hash_tokenizer(tokenizer_folder)}
+    fingerprints |= {f"{role} model": _hash_model(folder) for role, folder in folders.items()}
+    return Inputs(
+        tokenizer=tokenizer,
+        folders=folders,
+        problems=problems,
+        prompts=prompts,
+        texts=texts,
+        stop_tokens=_stop_tokens(config, tokenizer, folders, models),
+        fingerprints=fingerprints,
+    )
+
+
+def _read_problems(config: DecodeConfig) -> list[Problem]:
+    """Each problem once: published files repeat a row for every sample wanted, here n and the seeds say that."""
+    first: dict[str, Problem] = {}
+    for problem in read_problems(config.problems, prompt_suffix=config.prompt_suffix):
+        first.setdefault(problem.id, problem)
+    return list(first.values())[: config.limit]
+
+
+def _model_folder(role: str, path: str) -> Path:
+    try:
+        folder = checkpoint_folder(path)
+    except OSError as error:
+        raise ValueError(f"{role} = {error}") from error
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{role} = {folder}: no .safetensors file in this folder")
+    return folder
+
+
+def _tokenizer_folder(config: DecodeConfig) -> Path:
+    if config.tokenizer is None:
+        return checkpoint_folder(config.rl or config.base or "")
+    if not Path(config.tokenizer).is_dir():
+        raise ValueError(f"tokenizer = {config.tokenizer}: no such folder")
+    return Path(config.tokenizer)
+
+
+def _check_vocabularies(
+    models: dict[str, QwenConfig], folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tokenizer_folder: Path
+) -> None:
+    sizes = {role: model.vocab_size for role, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"vocabulary mismatch: base has {sizes['base']} tokens, rl has {sizes['rl']}")
+    words = _id_to_token(tokenizer)
+    for role, size in sizes.items():
+        if max(words) >= size:
+            raise ValueError(
+                f"vocabulary mismatch: the tokenizer in {tokenizer_folder} goes up to id {max(words)}, "
+                f"the {role} model has {size} tokens"
+            )
+        if folders[role] == tokenizer_folder or not (folders[role] / "tokenizer.json").is_file():
+            continue
+        theirs = _id_to_token(load_tokenizer(folders[role]))
+        for index in sorted(words.keys() & theirs.keys()):
+            if words[index] != theirs[index]:
+                raise ValueError(
+                    f"vocabulary mismatch: token {index} is {words[index]!r} in {tokenizer_folder} "
+                    f"and {theirs[index]!r} in {folders[role]}"
+                )
+
+
+def _id_to_token(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    return {index: token for token, index in tokenizer.get_vocab().items()}
+
+
+def _check_lengths(
+    config: DecodeConfig, models: dict[str, QwenConfig], problems: list[Problem], prompts: list[list[int]]
+) -> None:
+    for problem, prompt in zip(problems, prompts, strict=True):
+        where = f"problem {problem.id!r} of {config.problems}: its prompt has {len(prompt)} tokens"
+        if config.max_prompt_tokens is not None and len(prompt) > config.max_prompt_tokens:
+            raise ValueError(f"{where}, max_prompt_tokens allows {config.max_prompt_tokens}")
+        for role, model in models.items():
+            if len(prompt) + config.max_new_tokens > model.max_position_embeddings:
+                raise ValueError(
+                    f"{where}, with max_new_tokens = {config.max_new_tokens} that exceeds the {role} model's "
+                    f"{model.max_position_embeddings} positions (max_position_embeddings)"
+                )
+
+
+def _stop_tokens(
+    config: DecodeConfig, tokenizer: PreTrainedTokenizerFast, folders: dict[str, Path], models: dict[str, QwenConfig]
+) -> tuple[int, ...]:
+    size = min(model.vocab_size for model in models.values())
+    if config.stop_token_ids:
+        outside = [token for token in config.stop_token_ids if not 0 <= token < size]
+        if outside:
+            raise ValueError(f"stop_token_ids: {outside[0]} is outside the vocabulary of {size} tokens")
+        return tuple(sorted(set(config.stop_token_ids)))
+    found = {token for folder in folders.values() for token in stop_token_ids(tokenizer, folder) if token < size}
+    if not found:
+        raise ValueError(f"no stop token lies in the vocabulary of {size} tokens; give --stop-token-ids")
+    return tuple(sorted(found))
+
+
+def _hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_tokenizer(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (folder / name).is_file():
+            digest.update(f"{name} {_hash_file(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _hash_model(folder: Path) -> str:
+    """Of config.json and, for every weight file, its name, its size and 1 MiB in blocks spread over it."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = os.path.getsize(path)
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for block in range(BLOCKS):
+                file.seek(max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
