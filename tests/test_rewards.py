@@ -113,7 +113,7 @@ def hostile(response, answer):
     if response == "sleep":
         time.sleep(3600)
     if response == "memory":
-        return bool([b"x" * 2**20 for _ in range(10_000)])
+        return len(b"x" * 2**32) > 0
     if response == "grow":
         kept = b"x" * (120 * 2**20)
         return len(kept) > 0, str(os.getpid())
@@ -316,7 +316,7 @@ def test_the_longest_text_graded_in_this_process_is_quick(pool):
         answer = (part * 2000)[:2000]
         start = time.monotonic()
         pool.grade("dapo_answer", ["Answer: " + part * 300], [answer])
-        assert time.monotonic() - start < 0.3  # 0.015 s on a quiet machine
+        assert time.monotonic() - start < 0.5  # 0.03 s on a quiet machine
 
 
 def test_workers_are_killed_and_replaced(graders):

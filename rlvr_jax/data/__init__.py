@@ -1,1 +1,1 @@
-
+"""Problems, chat prompts, conversations: files to token ids on the host."""

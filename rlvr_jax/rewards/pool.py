@@ -43,6 +43,9 @@ class Graded(NamedTuple):
     error: str | None
 
 
+_NOT_GRADED = Graded(False, None, "not graded")
+
+
 class GraderPool:
     """Worker processes for grading; a context manager.
 
@@ -72,8 +75,8 @@ class GraderPool:
                 raise ValueError(f"{name} = {value}: expected a positive number")
         self.workers, self.timeout_s, self.memory_mb, self.startup_s = workers, timeout_s, memory_mb, startup_s
         self._teams: dict[str, list[_Worker]] = collections.defaultdict(list)
-        self._memo: dict[tuple[str, str, str], Graded] = {}
-        self._overruns: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        self._memo: dict[tuple[str, str | None, str], Graded] = {}
+        self._overruns: collections.Counter[tuple[str, str | None, str]] = collections.Counter()
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _stop_teams, self._teams, self._pid)
@@ -124,11 +127,11 @@ class GraderPool:
             return self._run(rule, list(pairs))
 
     def _math_verify(self, pairs):
-        verdicts: list[Graded | None] = []
+        verdicts: list[Graded] = []
         wanted = collections.defaultdict(list)
         for i, (response, answer) in enumerate(pairs):
             prediction, error = rules.last_boxed(response)
-            known = self._memo.get(("math_verify", prediction, answer)) if prediction else None
+            known = self._memo.get(("math_verify", prediction, answer))
             if prediction and known is None:
                 wanted[prediction, answer].append(i)
             verdicts.append(known or Graded(False, prediction, error))
@@ -140,20 +143,17 @@ class GraderPool:
         return verdicts
 
     def _dapo_answer(self, pairs):
-        verdicts: list[Graded | None] = [None] * len(pairs)
+        verdicts = [_NOT_GRADED] * len(pairs)
         guarded = []
         for i, (response, answer) in enumerate(pairs):
             if len(answer) > IN_PROCESS_ANSWER:
                 guarded.append(i)
                 continue
             prediction = rules.dapo_prediction(response)
-            key = ("dapo_answer", rules.DAPO_MISSING if prediction is None else prediction, answer)
-            graded = self._memo.get(key) if prediction is not None else None
-            if graded is None:
-                graded = Graded(*rules.dapo_verdict(prediction, answer), None)
-                if prediction is not None:
-                    self._remember(key, graded)
-            verdicts[i] = graded
+            key = ("dapo_answer", prediction, answer)
+            if key not in self._memo:
+                self._remember(key, Graded(*rules.dapo_verdict(prediction, answer), None))
+            verdicts[i] = self._memo[key]
         jobs = [(pairs[i][0][-rules.DAPO_TAIL :], pairs[i][1]) for i in guarded]
         for i, graded in zip(guarded, self._run("dapo_answer", jobs), strict=True):
             verdicts[i] = graded
@@ -161,18 +161,18 @@ class GraderPool:
 
     def _remember(self, key, graded):
         if graded.error is not None:
+            if len(self._overruns) > REMEMBERED:
+                self._overruns.clear()
             self._overruns[key] += 1
             if self._overruns[key] < OVERRUNS_REMEMBERED:
                 return
         self._memo[key] = graded
         while len(self._memo) > REMEMBERED:
-            forgotten = next(iter(self._memo))
-            del self._memo[forgotten]
-            self._overruns.pop(forgotten, None)
+            del self._memo[next(iter(self._memo))]
 
     def _run(self, rule, jobs):
         """Grades `(text, answer)` jobs on the rule's workers; every job gets a verdict."""
-        verdicts: list[Graded | None] = [None] * len(jobs)
+        verdicts = [_NOT_GRADED] * len(jobs)
         todo = collections.deque(range(len(jobs)))
         left = len(jobs)
         team = self._teams[rule]

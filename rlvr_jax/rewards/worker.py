@@ -8,13 +8,14 @@ could then depend on earlier ones.)
 
 import functools
 import importlib
-import importlib.util
 import json
 import logging
 import os
 import resource
+import runpy
 import signal
 import sys
+from typing import Any
 
 RECYCLE_SHARE = 0.5  # of the memory limit: a worker that once grew this far is replaced after its verdict
 
@@ -48,13 +49,13 @@ def _math_verify():
     def parsed(text):
         # The pool limits the time; math-verify's own limit would interrupt sympy half-way (see above).
         failures.last = None
-        return math_verify.parse(f"${text}$", parsing_timeout=None), failures.last
+        return math_verify.parse(f"${text}$", parsing_timeout=0), failures.last
 
     def grade(prediction, answer):
         gold, gold_failure = parsed(answer)
         target, target_failure = parsed(prediction)
         failures.last = None
-        correct = bool(math_verify.verify(gold, target, timeout_seconds=None))
+        correct = bool(math_verify.verify(gold, target, timeout_seconds=0))
         failure = None if correct else gold_failure or target_failure or failures.last
         if failure is None and not gold:
             return correct, prediction, "no answer can be read from the reference answer"
@@ -65,20 +66,17 @@ def _math_verify():
 
 
 def _dapo_answer():
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "rules.py")
-    spec = importlib.util.spec_from_file_location("_rlvr_jax_rules", path)
-    rules = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rules)
+    rules = runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), "rules.py"))
 
     def grade(response, answer):
-        return *rules.dapo_verdict(rules.dapo_prediction(response), answer), None
+        return *rules["dapo_verdict"](rules["dapo_prediction"](response), answer), None
 
     return grade
 
 
 def _function(rule):
     module, _, name = rule.partition(":")
-    function = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
 
     def grade(response, answer):
         verdict = function(response, answer)

@@ -1,0 +1,143 @@
+"""Tokenizers and chat prompts: the host side of text."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer from tokenizer.json, tokenizer_config.json and chat_template.jinja (if the template is there).
+
+    The class named in tokenizer_config.json is not used: transformers 5 gives any qwen2 folder its own Qwen2 class,
+    whatever tokenizer.json says, so a folder with another vocabulary or pre-tokenizer would be read wrongly.
+
+    Args:
+        path: a folder, or a name on the Hugging Face hub.
+
+    Raises:
+        ValueError: no tokenizer there, or one that cannot be read.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder}: no tokenizer.json in this folder")
+    if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~")) or len(folder.parts) > 2):
+        raise ValueError(f"{folder}: no such folder, expected one with tokenizer.json, or a hub name")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception on a file it cannot read
+        raise ValueError(f"{path}: no tokenizer can be loaded: {type(error).__name__}: {error}") from error
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = True,
+    **template_arguments: Any,
+) -> list[int]:
+    """Token ids of a conversation under the tokenizer's chat template, ready for the assistant to go on.
+
+    Special tokens spelled out in a message become special tokens, as in the published pipelines.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: `{"role": ..., "content": ...}`, at least one.
+        add_generation_prompt: end with the template's opening of an assistant turn.
+        template_arguments: passed to the template, such as `enable_thinking=False` of Qwen3.
+
+    Raises:
+        ValueError: no template, a message without role or content, a template that refuses the messages.
+    """
+    text = render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt, **template_arguments)
+    return encode_text(tokenizer, text)
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = True,
+    **template_arguments: Any,
+) -> str:
+    """The text that `encode_chat` encodes."""
+    if not tokenizer.chat_template:
+        raise ValueError(f"{tokenizer.name_or_path}: no chat template in chat_template.jinja or tokenizer_config.json")
+    check_messages(messages, "messages")
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **template_arguments,
+        )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template refuses messages with the roles {roles}: {error}") from error
+    return str(text)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Token ids of a text as it stands: no beginning-of-text token is added; a lone surrogate counts as `?`."""
+    return tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
+
+
+def check_messages(messages: Any, where: str) -> None:
+    """Raises ValueError, opening with `where`, unless these are chat messages: a list of {role, content} texts."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or len(messages) == 0:
+        raise ValueError(f"{where} = {messages!r:.200}: expected a list of at least one {{role, content}} message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{where}[{i}] = {message!r:.200}: expected {{role, content}}")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ValueError(f"{where}[{i}][{key!r}] = {message.get(key)!r:.200}: expected a text")
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerFast, generation_config: str | Path | None) -> tuple[int, ...]:
+    """The tokens that end a response: the tokenizer's end-of-text token, then those of generation_config.json.
+
+    Both count, as in the published rollouts: a chat template may close turns with a token (`<|im_end|>`) that a base
+    model's generation_config.json does not list (`<|endoftext|>`), and the other way round.
+
+    Args:
+        tokenizer: its `eos_token`, if any.
+        generation_config: generation_config.json, or a folder that may hold one, or None.
+
+    Returns:
+        Distinct ids; empty (and a warning is logged) where neither names one, so that no response would ever end early.
+
+    Raises:
+        ValueError: no such file or folder, or an `eos_token_id` that is neither an id nor a list of ids.
+    """
+    end = tokenizer.eos_token_id
+    found = [end] if isinstance(end, int) else []
+    if generation_config is not None:
+        path = Path(generation_config)
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder, expected generation_config.json or its folder")
+        if path.is_dir():
+            path = path / "generation_config.json"
+        if path.exists():
+            found += _end_ids(path)
+    if not found:
+        logger.warning("%s: neither eos_token nor generation_config.json names a stop token", tokenizer.name_or_path)
+    return tuple(dict.fromkeys(found))
+
+
+def _end_ids(path: Path) -> list[int]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a JSON object: {error}") from error
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise ValueError(f"{path}: eos_token_id = {value!r}: expected a token id or a list of them")
+    return ids
