@@ -6,16 +6,13 @@ another seed, temperature, top-p, top-k, tau or gamma, or for prompts whose long
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 
-from rlvr_jax.decoding.batch import check_count, check_prompts, check_stop_tokens
+from rlvr_jax.decoding.batch import Ids, Numbers, Prompts, check_count, check_prompts, check_stop_tokens
 from rlvr_jax.decoding.generate import Generation, LanguageModel, OnChunk, decode
 from rlvr_jax.decoding.selective import SelectiveGeneration, decode_selective
 from rlvr_jax.models import cache as kv_cache
@@ -26,7 +23,6 @@ from rlvr_jax.sharding import constrain
 from rlvr_jax.typing import Array
 
 Params = Any
-Prompts = Sequence[Sequence[int]] | np.ndarray
 
 
 def generate(
@@ -36,11 +32,11 @@ def generate(
     *,
     max_new_tokens: int,
     n: int = 1,
-    temperature: ArrayLike = 1.0,
-    top_p: ArrayLike = 1.0,
-    top_k: ArrayLike = 0,
+    temperature: Numbers = 1.0,
+    top_p: Numbers = 1.0,
+    top_k: Numbers = 0,
     seed: int = 0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Ids = (),
     mesh: Mesh | None = None,
     on_chunk: OnChunk | None = None,
 ) -> Generation:
@@ -90,18 +86,18 @@ def generate_selective(
     prompts: Prompts,
     *,
     criterion: str,
-    tau: ArrayLike | None,
-    gamma: ArrayLike,
+    tau: Numbers | None,
+    gamma: Numbers,
     max_new_tokens: int,
     sample_from: str = "base",
     block: int | None = None,
     top_logprobs: int | None = None,
     n: int = 1,
-    temperature: ArrayLike = 1.0,
-    top_p: ArrayLike = 1.0,
-    top_k: ArrayLike = 0,
+    temperature: Numbers = 1.0,
+    top_p: Numbers = 1.0,
+    top_k: Numbers = 0,
     seed: int = 0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Ids = (),
     mesh: Mesh | None = None,
     on_chunk: OnChunk | None = None,
 ) -> SelectiveGeneration:
@@ -225,9 +221,7 @@ def _resolved(name: str, config: QwenConfig, params: Params) -> QwenConfig:
     return dataclasses.replace(config, dtype=jnp.dtype(params["embed"].dtype).name)
 
 
-def _check_tokens(
-    name: str, config: QwenConfig, prompts: Prompts, stop_tokens: Sequence[int], max_new_tokens: int
-) -> None:
+def _check_tokens(name: str, config: QwenConfig, prompts: Prompts, stop_tokens: Ids, max_new_tokens: int) -> None:
     """The checks that need the config; the others are those of `decode`."""
     arrays = check_prompts(prompts)
     named = {f"prompts[{index}]": tokens for index, tokens in enumerate(arrays)}

@@ -76,7 +76,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def chi_square(tokens: np.ndarray, p: np.ndarray) -> float:
-    """How far counts of `tokens` are from `p`, in standard deviations of the chi-square statistic; inf off the support."""
+    """How far counts of `tokens` are from `p`, in standard deviations of chi-square; inf off the support."""
     counts = np.bincount(tokens, minlength=len(p))
     if counts[p == 0].sum():
         return np.inf

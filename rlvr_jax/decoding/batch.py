@@ -8,6 +8,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 PREFILL_PIECE = 256  # tokens of a prompt that are prefilled at once: attention scores take [B, N, piece, prompt]
+Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray
+Numbers = ArrayLike | Sequence[float]  # a number, or one for each row
+Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 _SMALLEST_BUCKET = 16
 _STOP_BUCKET = 4
 
@@ -45,17 +48,17 @@ class Batch(NamedTuple):
 
 
 def make_batch(
-    prompts: Sequence[Sequence[int]] | np.ndarray,
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     n: int,
-    temperature: ArrayLike,
-    top_p: ArrayLike,
-    top_k: ArrayLike,
+    temperature: Numbers,
+    top_p: Numbers,
+    top_k: Numbers,
     seed: int,
-    problem_ids: ArrayLike | None,
-    sample_ids: ArrayLike | None,
-    stop_tokens: Sequence[int],
+    problem_ids: Ids | None,
+    sample_ids: Ids | None,
+    stop_tokens: Ids,
     prompt_length: int | None,
     chunk: int,
 ) -> Batch:
@@ -98,7 +101,7 @@ def make_batch(
     )
 
 
-def check_prompts(prompts: Sequence[Sequence[int]] | np.ndarray) -> list[np.ndarray]:
+def check_prompts(prompts: Prompts) -> list[np.ndarray]:
     """Prompts as integer arrays; ValueError for none at all, for an empty one and for anything but token ids."""
     if len(prompts) == 0:
         raise ValueError("prompts is empty: expected at least one list of token ids")
@@ -114,7 +117,7 @@ def check_prompts(prompts: Sequence[Sequence[int]] | np.ndarray) -> list[np.ndar
 
 
 def per_row(
-    name: str, value: ArrayLike, rows: int, expected: str, valid: Callable[[np.ndarray], np.ndarray]
+    name: str, value: Numbers, rows: int, expected: str, valid: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """A setting as float32 [rows] from a number or one number a row; ValueError unless `valid` everywhere."""
     try:
@@ -148,7 +151,7 @@ def check_count(name: str, value: int) -> int:
     return int(value)
 
 
-def check_stop_tokens(stop_tokens: Sequence[int]) -> np.ndarray:
+def check_stop_tokens(stop_tokens: Ids) -> np.ndarray:
     """The stop tokens as `Batch.stop_S`."""
     stop = np.asarray(stop_tokens)
     if stop.size and (stop.ndim != 1 or stop.dtype.kind not in "iu" or stop.min() < 0):
@@ -158,7 +161,7 @@ def check_stop_tokens(stop_tokens: Sequence[int]) -> np.ndarray:
     return filled
 
 
-def _ids(name: str, value: ArrayLike, *shapes: tuple[int, ...]) -> np.ndarray:
+def _ids(name: str, value: Ids, *shapes: tuple[int, ...]) -> np.ndarray:
     ids = np.asarray(value)
     if ids.shape not in shapes or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**32:
         raise ValueError(f"{name}={_short(value)}: expected integers from 0 to 2**32 - 1 of shape {shapes[-1]}")

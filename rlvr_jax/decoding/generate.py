@@ -7,7 +7,7 @@ powers of two.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 
-from rlvr_jax.decoding.batch import PREFILL_PIECE, Batch, capacity, make_batch
+from rlvr_jax.decoding.batch import PREFILL_PIECE, Batch, Ids, Numbers, Prompts, capacity, make_batch
 from rlvr_jax.decoding.sampling import Sampling, draw, token_logprob
 from rlvr_jax.sharding import constrain
 from rlvr_jax.typing import Array, Bool, Float, Int
@@ -109,17 +108,17 @@ class Generation(NamedTuple):
 def decode(
     model: LanguageModel,
     params: Params,
-    prompts: Sequence[Sequence[int]] | np.ndarray,
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     n: int = 1,
-    temperature: ArrayLike = 1.0,
-    top_p: ArrayLike = 1.0,
-    top_k: ArrayLike = 0,
+    temperature: Numbers = 1.0,
+    top_p: Numbers = 1.0,
+    top_k: Numbers = 0,
     seed: int = 0,
-    problem_ids: ArrayLike | None = None,
-    sample_ids: ArrayLike | None = None,
-    stop_tokens: Sequence[int] = (),
+    problem_ids: Ids | None = None,
+    sample_ids: Ids | None = None,
+    stop_tokens: Ids = (),
     prompt_length: int | None = None,
     chunk: int = CHUNK,
     mesh: Mesh | None = None,

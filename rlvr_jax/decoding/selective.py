@@ -7,7 +7,6 @@ feeds both models. gamma = 0 is selective replacement.
 """
 
 import contextlib
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 
-from rlvr_jax.decoding.batch import make_batch, per_row
+from rlvr_jax.decoding.batch import Ids, Numbers, Prompts, make_batch, per_row
 from rlvr_jax.decoding.generate import (
     CHUNK,
     CRITERION,
@@ -90,22 +88,22 @@ class Selection(NamedTuple):
 def decode_selective(
     models: tuple[LanguageModel, LanguageModel],
     params: tuple[Params, Params],
-    prompts: Sequence[Sequence[int]] | np.ndarray,
+    prompts: Prompts,
     *,
     criterion: str,
-    tau: ArrayLike | None,
-    gamma: ArrayLike,
+    tau: Numbers | None,
+    gamma: Numbers,
     sample_from: str = "base",
     top_logprobs: int | None = None,
     max_new_tokens: int,
     n: int = 1,
-    temperature: ArrayLike = 1.0,
-    top_p: ArrayLike = 1.0,
-    top_k: ArrayLike = 0,
+    temperature: Numbers = 1.0,
+    top_p: Numbers = 1.0,
+    top_k: Numbers = 0,
     seed: int = 0,
-    problem_ids: ArrayLike | None = None,
-    sample_ids: ArrayLike | None = None,
-    stop_tokens: Sequence[int] = (),
+    problem_ids: Ids | None = None,
+    sample_ids: Ids | None = None,
+    stop_tokens: Ids = (),
     prompt_length: int | None = None,
     chunk: int = CHUNK,
     mesh: Mesh | None = None,
@@ -224,7 +222,7 @@ def _base_and_rl(rule: Rule, sampled: jax.Array, other: jax.Array) -> tuple[jax.
     return (sampled, other) if rule.sample_from == "base" else (other, sampled)
 
 
-def _check_rule(criterion: str, sample_from: str, top_logprobs: int | None, tau: ArrayLike | None) -> Rule:
+def _check_rule(criterion: str, sample_from: str, top_logprobs: int | None, tau: Numbers | None) -> Rule:
     if criterion not in CRITERIA:
         raise ValueError(f"criterion={criterion!r}: expected one of {', '.join(CRITERIA)}")
     if sample_from not in ("base", "rl"):
