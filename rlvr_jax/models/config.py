@@ -41,13 +41,13 @@ class YarnConfig:
       truncate: round the ramp's bounds outwards to whole dimensions.
     """
 
-    factor: float
+    factor: float | int
     original_max_position_embeddings: int
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    attention_factor: float | int | None = None
+    beta_fast: float | int = 32.0
+    beta_slow: float | int = 1.0
+    mscale: float | int | None = None
+    mscale_all_dim: float | int | None = None
     truncate: bool = True
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class QwenConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope_theta: float = 10_000.0
+    rope_theta: float | int = 10_000.0
     rope_scaling: YarnConfig | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -166,31 +166,35 @@ class QwenConfig:
         hf, where = _read(source)
         _refuse_unsupported(hf, where)
 
-        def required(key: str) -> int:
-            if hf.get(key) is None:
+        def size(key: str, default: int | None = None) -> int:
+            value = default if hf.get(key) is None else hf[key]
+            if value is None:
                 raise ValueError(f"{where}: {key!r} is missing, expected a positive integer")
-            return hf[key]
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{where}: {key!r} is {value!r}, expected a positive integer")
+            return value
 
-        model_type, hidden_size, num_heads = hf["model_type"], required("hidden_size"), required("num_attention_heads")
-        head_dim = hf.get("head_dim")
-        if head_dim is None:
+        model_type, hidden_size, num_heads = hf["model_type"], size("hidden_size"), size("num_attention_heads")
+        if hf.get("head_dim") is not None:
+            head_dim = size("head_dim")
+        else:
             if model_type == "qwen2" and hidden_size % num_heads:
                 raise ValueError(
                     f"{where}: no head_dim, and num_attention_heads {num_heads} does not divide hidden_size {hidden_size}"
                 )
             # 128 is what transformers assumes for a Qwen3 config without the key.
             head_dim = 128 if model_type == "qwen3" else hidden_size // num_heads
-        max_positions = int(hf.get("max_position_embeddings", 32768))
+        max_positions = size("max_position_embeddings", 32768)
         rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
         theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10_000.0
         fields: dict[str, Any] = {
             "model_type": model_type,
-            "vocab_size": required("vocab_size"),
+            "vocab_size": size("vocab_size"),
             "hidden_size": hidden_size,
-            "intermediate_size": required("intermediate_size"),
-            "num_layers": required("num_hidden_layers"),
+            "intermediate_size": size("intermediate_size"),
+            "num_layers": size("num_hidden_layers"),
             "num_heads": num_heads,
-            "num_kv_heads": hf.get("num_key_value_heads") or num_heads,
+            "num_kv_heads": size("num_key_value_heads", num_heads),
             "head_dim": head_dim,
             "rope_theta": float(theta),
             "rope_scaling": _parse_rope(rope, max_positions, where),
@@ -319,6 +323,9 @@ def _parse_rope(rope: dict[str, Any], max_positions: int, where: str) -> YarnCon
     if unknown:
         raise ValueError(f"{where}: unknown YaRN keys {sorted(unknown)}")
     given = {key: value for key, value in rope.items() if value is not None}
+    for key, value in given.items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{where}: YaRN key {key} is {value!r}, expected a number")
     original = given.setdefault("original_max_position_embeddings", max_positions)
     given.setdefault("factor", max_positions / original)
     return YarnConfig(**given)

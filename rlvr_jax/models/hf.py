@@ -52,13 +52,6 @@ class _Slot(NamedTuple):
     shape: tuple[int, ...]  # in the folder: [out, in] for matmul weights
     transposed: bool  # ours are [in, out], with heads split off
 
-    def pick(self, params: Params) -> Any:
-        """The slot's array within `params`."""
-        leaf: Any = params
-        for key in self.path:
-            leaf = leaf[key]
-        return leaf if self.layer is None else leaf[self.layer]
-
 
 def _slots(config: QwenConfig) -> dict[str, _Slot]:
     """Every tensor that a folder of this config holds, by name, in the order in which it is written."""
@@ -279,7 +272,7 @@ def save_hf(
     *,
     tokenizer: Any = None,
     dtype: Any = None,
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: float | int = 5e9,
     generation_config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -356,7 +349,7 @@ def _checkpoint_files(folder: Path) -> list[str]:
 
 
 def _write_weights(
-    folder: Path, slots: Mapping[str, _Slot], params: Params, dtype: np.dtype, max_shard_bytes: float, writer: bool
+    folder: Path, slots: Mapping[str, _Slot], params: Params, dtype: np.dtype, max_shard_bytes: float | int, writer: bool
 ) -> None:
     shards: list[list[str]] = [[]]
     used = 0
@@ -388,7 +381,12 @@ def _write_weights(
 
 def _to_host(slot: _Slot, params: Params, dtype: np.dtype) -> np.ndarray:
     """One tensor in its folder form."""
-    part = slot.pick(params)
+    leaf: Any = params
+    for key in slot.path:
+        leaf = leaf[key]
+    if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and {d.platform for d in leaf.devices()} == {"cpu"}:
+        leaf = np.asarray(leaf)  # a view where it lies on one device
+    part = leaf if slot.layer is None else leaf[slot.layer]
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         part = multihost_utils.process_allgather(part, tiled=True)
     array = np.asarray(part).astype(dtype, copy=False)
