@@ -1,1 +1,1 @@
-
+"""The batch decoding program: `python -m decode`."""

@@ -1,1 +1,1 @@
-
+"""The training program: `python -m train`, and `python -m train.sft`."""

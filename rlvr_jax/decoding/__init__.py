@@ -1,1 +1,1 @@
-
+"""Compiled decoding: sampling, one model, two models."""
