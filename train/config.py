@@ -150,14 +150,16 @@ class CheckpointConfig:
     keep: int | None = None
     """Newest checkpoints kept; None: all."""
     export_every: int = 0
-    """Trainer steps between exports of a Hugging Face folder to run_dir/hf_step_N; 0: at the end only."""
+    """Trainer steps between exports of a Hugging Face folder to run_dir/hf_step_N; 0: to run_dir/hf at the end only."""
+    export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: the compute dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     tensorboard: bool = True
-    rollouts: bool = True
-    """Write every trained response to run_dir/rollouts, one JSONL file a trainer step."""
+    rollouts: int | None = None
+    """Groups a trainer step whose responses go to run_dir/rollouts, one JSONL file a step; None: all; 0: none."""
 
 
 @dataclasses.dataclass(frozen=True)

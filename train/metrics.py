@@ -1,5 +1,7 @@
 """Where a run's numbers go: one JSON object a line, TensorBoard, and a display for whoever watches."""
 
+import contextlib
+import datetime
 import json
 import math
 import os
@@ -32,6 +34,7 @@ class MetricLog:
     def __init__(self, run_dir: str | os.PathLike[str], *, after_step: int | None = None, tensorboard: bool = True):
         self.path = Path(run_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._last: dict[str, int] = {}
         self._keep_lines(-1 if after_step is None else after_step)
         self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._events = EventFileWriter(str(Path(run_dir) / "tensorboard")) if tensorboard else None
@@ -42,6 +45,7 @@ class MetricLog:
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; numbers that are not finite are written as null (JSON has no word for them)."""
         clean = {name: plain(value) for name, value in record.items()}
+        self._last[record["kind"]] = record["trainer_steps"]
         self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is None:
@@ -55,7 +59,12 @@ class MetricLog:
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._events.flush()
 
+    def last_step(self, kind: str) -> int | None:
+        """Trainer step of the newest record of a kind, those of earlier processes included."""
+        return self._last.get(kind)
+
     def close(self) -> None:
+        """Closes the files."""
         self._file.close()
         if self._events is not None:
             self._events.close()
@@ -63,17 +72,15 @@ class MetricLog:
     def _keep_lines(self, last_step: int) -> None:
         if not self.path.exists():
             return
-        with atomic_path(self.path) as temporary, open(self.path, encoding="utf-8") as lines:
-            kept = [line for line in lines if _step_of(line) <= last_step]
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
+                record = json.loads(line)
+                if record["trainer_steps"] <= last_step:
+                    kept.append(line)
+                    self._last[record["kind"]] = record["trainer_steps"]
+        with atomic_path(self.path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    """Trainer step of a line; infinity for a line cut short by a kill, which is then dropped."""
-    try:
-        return json.loads(line)["trainer_steps"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf
 
 
 def plain(value: Any) -> Any:
@@ -85,18 +92,26 @@ def plain(value: Any) -> Any:
     return value
 
 
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as JSON, one a line, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 class Display:
-    """Progress of a run: a live bar on a terminal, one plain line a step elsewhere.
+    """Progress of a run: one plain line a step and, on a terminal, a live bar with the phase below them.
 
     Args:
       console: where to show it.
       total: number of steps in all, or None when unknown.
       done: steps made before this process began.
-      columns: metric name -> format, the numbers worth a glance.
+      shown: label -> (metric, format), the numbers worth a glance.
     """
 
-    def __init__(self, console: Console, *, total: int | None, done: int, columns: Mapping[str, str]):
-        self._console, self._columns, self._total = console, columns, total
+    def __init__(self, console: Console, *, total: int | None, done: int, shown: Mapping[str, tuple[str, str]]):
+        self._console, self._shown, self._total = console, shown, total
+        self._start, self._done = time.monotonic(), done
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -105,11 +120,10 @@ class Display:
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("[bold]{task.description}"),
-            TextColumn("{task.fields[numbers]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("starting", total=total, completed=done, numbers="")
+        self._task = self._bar.add_task("starting", total=total, completed=done)
 
     def __enter__(self) -> "Display":
         self._bar.start()
@@ -129,13 +143,15 @@ class Display:
     def step(self, record: Mapping[str, Any]) -> None:
         """A step is done."""
         numbers = "  ".join(
-            f"{name} {record[name]:{form}}" for name, form in self._columns.items() if _is_number(record.get(name))
+            f"{label} {value:{form}}"
+            for label, (name, form) in self._shown.items()
+            if isinstance(value := record.get(name), int | float)
         )
-        self._bar.update(self._task, advance=1, numbers=numbers)
-        if not self._console.is_terminal:
-            of_total = "" if self._total is None else f"/{self._total}"
-            self.line(f"step {record['trainer_steps']}{of_total}  {numbers}")
-
-
-def _is_number(value: Any) -> bool:
-    return hasattr(value, "__float__") and not isinstance(value, str)
+        step = record["trainer_steps"]
+        self._bar.update(self._task, completed=step)
+        pace = (time.monotonic() - self._start) / max(1, step - self._done)
+        if self._total is None:
+            self.line(f"step {step}  {numbers}")
+        else:
+            left = datetime.timedelta(seconds=round(pace * (self._total - step)))
+            self.line(f"step {step}/{self._total}  {numbers}  left {left}")

@@ -1,0 +1,202 @@
+"""The training loop: collect, train, log, evaluate, checkpoint, export."""
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlvr_jax.checkpoint import Checkpoints
+from rlvr_jax.files import write_json
+from rlvr_jax.generation import language_model
+from rlvr_jax.models.hf import load_hf
+from rlvr_jax.program import RunError, config_dict, console
+from rlvr_jax.rewards.pool import GraderPool
+from train.evaluate import evaluate
+from train.export import export
+from train.metrics import Display, MetricLog, write_jsonl
+from train.prepare import Job
+from train.rollout import Collector, Decoder, Group
+from train.trainer import Outcome, Trainer
+
+SHOWN = {
+    "accuracy": ("accuracy", ".3f"),
+    "kept": ("groups_kept_share", ".0%"),
+    "groups": ("groups_trained", ".0f"),
+    "entropy": ("entropy", ".3f"),
+    "length": ("response_length", ".1f"),
+    "gap": ("rollout_gap_fresh_mean_abs", ".1e"),
+    "tokens/s": ("rollout_tokens_per_s", ",.0f"),
+    "s": ("seconds", ".1f"),
+}
+
+
+def run(job: Job) -> None:
+    """Runs a checked job to its end; raises RunError where it cannot go on."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(job.mesh))
+        _Run(job, stack).run()
+
+
+class _Run:
+    """A run in progress. Everything that must be closed is on `stack`."""
+
+    def __init__(self, job: Job, stack: contextlib.ExitStack):
+        config = job.config
+        self.job, self.config, self.folder = job, config, Path(config.run_dir)
+        self.decoder = Decoder(
+            model=language_model(job.model_config),
+            tokenizer=job.tokenizer,
+            stop_tokens=job.stop_tokens,
+            max_response=config.rollout.max_response,
+            chunk=config.rollout.chunk,
+            mesh=job.mesh,
+        )
+        write_json(self.folder / "config.json", config_dict(config))
+        self.pool = stack.enter_context(GraderPool(config.reward.workers, config.reward.timeout_s))
+        self.collector = Collector(config, self.decoder, job.train, self.pool)
+        self.trainer = Trainer(
+            config,
+            job.model_config,
+            self._load(jnp.float32),
+            job.train,
+            self.collector.prompt_length,
+            self._load(job.model_config.dtype) if self._needs_reference() else None,
+        )
+        self.checkpoints = stack.enter_context(Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep))
+        self.trainer_steps = 0
+        if job.resume_from is not None:
+            self._restore(job.resume_from)
+        self.metrics = MetricLog(self.folder, after_step=job.resume_from, tensorboard=config.log.tensorboard)
+        stack.callback(self.metrics.close)
+        self.display = stack.enter_context(Display(console, total=config.steps, done=self.trainer_steps, shown=SHOWN))
+        self.bad_steps = 0
+
+    def run(self) -> None:
+        """Trainer steps until the steps or the data are used up; then the export."""
+        if self.trainer_steps:
+            self.display.line(f"resumed {self.folder} after trainer step {self.trainer_steps}")
+        elif self.config.eval.every:
+            self._evaluate()
+        while self.trainer_steps != self.config.steps:
+            start = time.monotonic()
+            collected = self.collector.collect(self._rollout_params(), self.trainer_steps, self.display.phase)
+            if not collected.groups:
+                break
+            collected_at = time.monotonic()
+            outcome = self.trainer.train(collected.groups, self.trainer_steps, self.display.phase)
+            seconds = {"seconds_train": time.monotonic() - collected_at, "seconds": time.monotonic() - start}
+            self.trainer_steps += 1
+            self._log("train", collected.metrics | outcome.metrics | seconds)
+            self._dump(collected.groups, outcome)
+            self._stop_if_not_finite(outcome.metrics)
+            self._after_step(last=self.trainer_steps == self.config.steps or self.collector.done)
+        self._after_step(last=True)
+        self._export(self.folder / "hf")
+        self.display.line(
+            f"done: {self.trainer_steps} trainer steps, {self.trainer.optimizer_steps} optimizer steps, "
+            f"{self.collector.generation_batches} generation batches; model in {self.folder / 'hf'}"
+        )
+
+    def _after_step(self, *, last: bool) -> None:
+        """Evaluation, checkpoint and export, where they are due and not made yet."""
+        config, step = self.config, self.trainer_steps
+        if config.eval.every and (last or step % config.eval.every == 0) and self.metrics.last_step("eval") != step:
+            self._evaluate()
+        every = config.checkpoint.every
+        if (last or (every and step % every == 0)) and self.checkpoints.latest != step:
+            self._save()
+        every = config.checkpoint.export_every
+        if every and step and step % every == 0:
+            self._export(self.folder / f"hf_step_{step}")
+
+    def _rollout_params(self) -> Any:
+        """The policy's weights as decoding wants them: compute dtype, one dict a layer. They follow every update."""
+        return self.decoder.model.prepare(self.trainer.state.params)
+
+    def _evaluate(self) -> None:
+        if self.job.val is None:
+            return
+        metrics, rows = evaluate(
+            self.config, self.decoder, self._rollout_params(), self.job.val, self.pool, self.display.phase
+        )
+        write_jsonl(self.folder / "eval" / f"step_{self.trainer_steps:06d}.jsonl", rows)
+        self._log("eval", metrics)
+
+    def _log(self, kind: str, metrics: dict[str, Any]) -> None:
+        counters = {
+            "trainer_steps": self.trainer_steps,
+            "generation_batches": self.collector.generation_batches,
+            "optimizer_steps": self.trainer.optimizer_steps,
+        }
+        record = {"kind": kind} | counters | metrics
+        self.metrics.write(record)
+        if kind == "train":
+            self.display.step(record)
+        else:
+            shown = {name: x for name, x in metrics.items() if "@" in name}
+            numbers = "  ".join(f"{name} {x:.3f}" for name, x in shown.items())
+            self.display.line(f"eval after step {self.trainer_steps}  {numbers}")
+
+    def _stop_if_not_finite(self, metrics: dict[str, float]) -> None:
+        """One trainer step without a single finite update is skipped; a second one in a row ends the run."""
+        self.bad_steps = self.bad_steps + 1 if metrics["skipped"] == metrics["mini_batches"] else 0
+        if self.bad_steps > 1:
+            raise RunError(
+                f"trainer step {self.trainer_steps}: the loss or its gradient was not finite in any mini-batch of two "
+                f"trainer steps in a row; the newest checkpoint is of step {self.checkpoints.latest}"
+            )
+
+    def _dump(self, groups: list[Group], outcome: Outcome) -> None:
+        limit, n = self.config.log.rollouts, self.config.rollout.n
+        rows = []
+        for g, group in enumerate(groups[:limit]):
+            problem = self.job.train.problems[group.prompt]
+            prompt = self.job.tokenizer.decode(self.job.train.tokens[group.prompt], skip_special_tokens=False)
+            for i in range(n):
+                rows.append(
+                    {
+                        "problem": problem.id,
+                        "prompt": prompt,
+                        "response": self.decoder.text(group.tokens[i, : group.lengths[i]]),
+                        "answer": problem.answer,
+                        "prediction": group.predictions[i],
+                        "correct": bool(group.correct[i]),
+                        "score": float(outcome.score_N[g * n + i]),
+                        "length": int(group.lengths[i]),
+                        "finished": bool(group.finished[i]),
+                        "advantage": float(outcome.advantage_N[g * n + i]),
+                        "mean_logp": float(outcome.mean_logp_N[g * n + i]),
+                        "group": g,
+                        "sampled_at": group.sampled_at,
+                    }
+                )
+        if rows:
+            write_jsonl(self.folder / "rollouts" / f"step_{self.trainer_steps:06d}.jsonl", rows)
+
+    def _save(self) -> None:
+        self.display.phase("save")
+        collector, arrays = self.collector.get_state()
+        host = {"config": config_dict(self.config), "trainer_steps": self.trainer_steps, "collector": collector}
+        self.checkpoints.save(self.trainer_steps, self.trainer.state, host=host, arrays=arrays)
+
+    def _restore(self, step: int) -> None:
+        restored = self.checkpoints.restore(self.trainer.state, step)
+        self.trainer.state = restored.state
+        self.trainer_steps = restored.host["trainer_steps"]
+        self.collector.set_state(restored.host["collector"], restored.arrays)
+
+    def _export(self, folder: Path) -> None:
+        self.display.phase("export")
+        job, dtype = self.job, self.config.checkpoint.export_dtype
+        params = self.trainer.state.params
+        export(folder, job.model_config, params, job.tokenizer, base=job.model_folder, dtype=dtype)
+
+    def _load(self, dtype: Any) -> Any:
+        return load_hf(self.job.model_folder, dtype=dtype, mesh=self.job.mesh)[1]
+
+    def _needs_reference(self) -> bool:
+        algorithm = self.config.algorithm
+        return algorithm.loss_mask.needs_reference or algorithm.reweight.mask.needs_reference

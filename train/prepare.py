@@ -1,0 +1,234 @@
+"""Everything about a run that can be checked before the long work starts: one clear sentence, exit code 2."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from rlvr_jax.checkpoint import Checkpoints, require_same_config
+from rlvr_jax.data.problems import Problem, read_problems
+from rlvr_jax.data.prompts import PromptSet, tokenize_prompts
+from rlvr_jax.data.text import load_tokenizer, stop_token_ids
+from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.hf import checkpoint_folder
+from rlvr_jax.objectives.masks import TOKEN_MASKS
+from rlvr_jax.objectives.policy import AGGREGATIONS
+from rlvr_jax.objectives.reweight import REWEIGHTINGS
+from rlvr_jax.program import config_dict, parse_config
+from rlvr_jax.rewards.pool import RULES, GraderPool
+from rlvr_jax.sharding import make_mesh
+from train.config import MAY_CHANGE, Config, MeshConfig
+from train.evaluate import distinct
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checked run: the configuration and what was read on the way."""
+
+    config: Config
+    model_folder: Path
+    model_config: QwenConfig
+    tokenizer: PreTrainedTokenizerFast
+    stop_tokens: tuple[int, ...]
+    train: PromptSet
+    val: PromptSet | None
+    mesh: Mesh
+    resume_from: int | None
+
+
+def prepare(argv: Sequence[str]) -> Job:
+    """Reads the configuration and every input but the weights. Raises ValueError naming what is wrong."""
+    config = parse_config(Config, argv, prog="python -m train", description="Trains a Qwen model with DAPO.")
+    return check(config)
+
+
+def check(config: Config) -> Job:
+    """As `prepare`, from a configuration."""
+    check_values(config)
+    folder = checkpoint_folder(config.model.path)
+    tokenizer = load_tokenizer(folder)
+    train = _prompts(config, tokenizer, read_problems(config.data.train, prompt_suffix=config.data.prompt_suffix))
+    val = None
+    if config.data.val is not None and config.eval.every:
+        problems = distinct(read_problems(config.data.val, prompt_suffix=config.data.prompt_suffix))
+        val = _prompts(config, tokenizer, problems)
+    longest = max(len(tokens) for prompts in (train, val) if prompts for tokens in prompts.tokens)
+    model_config = read_model_config(
+        folder,
+        tokenizer,
+        compute_dtype=config.model.compute_dtype,
+        remat=config.model.remat,
+        max_position_embeddings=config.model.max_position_embeddings,
+        longest=longest + config.rollout.max_response,
+        what=f"the longest prompt ({longest} tokens) + rollout.max_response={config.rollout.max_response}",
+    )
+    mesh = mesh_for(config.mesh, _rows(config), "algorithm.mini_batch * rollout.n / algorithm.micro_batches")
+    if config.reward.rule not in RULES:
+        with GraderPool(workers=1, timeout_s=config.reward.timeout_s) as pool:
+            pool.grade(config.reward.rule, [""], [""])  # a rule of one's own must at least be there
+    return Job(
+        config=config,
+        model_folder=folder,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        stop_tokens=stop_token_ids(tokenizer, folder),
+        train=train,
+        val=val,
+        mesh=mesh,
+        resume_from=resumable(config.run_dir, config_dict(config), MAY_CHANGE),
+    )
+
+
+def check_values(config: Config) -> None:
+    """Raises ValueError for values that no file has to be opened to refuse."""
+    algorithm, rollout = config.algorithm, config.rollout
+    for name, value in {"model.path": config.model.path, "data.train": config.data.train}.items():
+        if not value:
+            raise ValueError(f"{name} is empty: expected a path")
+    counts = {
+        "rollout.n": rollout.n,
+        "rollout.generation_batch": rollout.generation_batch,
+        "rollout.max_response": rollout.max_response,
+        "rollout.chunk": rollout.chunk,
+        "data.max_prompt": config.data.max_prompt,
+        "algorithm.train_batch": algorithm.train_batch,
+        "algorithm.mini_batch": algorithm.mini_batch,
+        "algorithm.micro_batches": algorithm.micro_batches,
+        "algorithm.max_generation_batches": algorithm.max_generation_batches,
+        "model.logprob_chunk": config.model.logprob_chunk,
+        "reward.workers": config.reward.workers,
+        "eval.n": config.eval.n,
+        "epochs": config.epochs,
+        "eval.pass_k": min(config.eval.pass_k, default=1),
+    }
+    optional = {
+        "steps": config.steps,
+        "rollout.prompts_at_once": rollout.prompts_at_once,
+        "eval.prompts_at_once": config.eval.prompts_at_once,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    for name, value in (counts | {name: value for name, value in optional.items() if value is not None}).items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    if algorithm.dynamic_sampling and rollout.n < 2:
+        raise ValueError(
+            f"rollout.n={rollout.n} with algorithm.dynamic_sampling: a group of one never varies, expected at least 2"
+        )
+    if algorithm.train_batch % algorithm.mini_batch:
+        raise ValueError(
+            f"algorithm.mini_batch={algorithm.mini_batch} does not divide algorithm.train_batch={algorithm.train_batch}"
+        )
+    if algorithm.mini_batch * rollout.n % algorithm.micro_batches:
+        raise ValueError(
+            f"algorithm.micro_batches={algorithm.micro_batches} does not divide the {algorithm.mini_batch * rollout.n} "
+            "rows of a mini-batch (algorithm.mini_batch * rollout.n)"
+        )
+    masks = {"algorithm.loss_mask": algorithm.loss_mask, "algorithm.reweight.mask": algorithm.reweight.mask}
+    choices = {
+        "algorithm.reweight.kind": (algorithm.reweight.kind, REWEIGHTINGS),
+        "algorithm.reweight.where": (algorithm.reweight.where, ("all", "positive", "negative")),
+        "algorithm.aggregation": (algorithm.aggregation, AGGREGATIONS),
+        "algorithm.surplus": (algorithm.surplus, ("carry", "discard")),
+        "algorithm.when_short": (algorithm.when_short, ("error", "pad")),
+        **{f"{name}.kind": (mask.kind, TOKEN_MASKS) for name, mask in masks.items()},
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+    if algorithm.reweight.kind == "inverse" and not algorithm.reweight.alpha > 0:
+        raise ValueError(f"algorithm.reweight.alpha={algorithm.reweight.alpha}: 'inverse' needs more than 0")
+    for name, mask in masks.items():
+        if not 0 <= mask.quantile <= 1:
+            raise ValueError(f"{name}.quantile={mask.quantile}: expected a number between 0 and 1")
+    positive = {"optim.lr": config.optim.lr, "optim.clip_norm": config.optim.clip_norm}
+    for name, value in positive.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}={value}: expected a positive number")
+    if not rollout.temperature > 0:
+        raise ValueError(
+            f"rollout.temperature={rollout.temperature}: expected more than 0 (a greedy policy is no policy)"
+        )
+    if not config.eval.temperature >= 0:
+        raise ValueError(f"eval.temperature={config.eval.temperature}: expected at least 0")
+    for name, value in {"rollout.top_p": rollout.top_p, "eval.top_p": config.eval.top_p}.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"{name}={value}: expected a number above 0, at most 1")
+    if not 0 <= config.reward.overlong_buffer <= rollout.max_response:
+        raise ValueError(
+            f"reward.overlong_buffer={config.reward.overlong_buffer}: expected 0 to rollout.max_response="
+            f"{rollout.max_response} tokens"
+        )
+    if config.reward.rule not in RULES and ":" not in config.reward.rule:
+        raise ValueError(f"reward.rule={config.reward.rule!r}: expected {', '.join(RULES)} or 'module:function'")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed}: expected 0 to 2**32 - 1")
+
+
+def read_model_config(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    compute_dtype: str,
+    remat: str,
+    max_position_embeddings: int | None,
+    longest: int,
+    what: str,
+) -> QwenConfig:
+    """The architecture of a folder (or config.json) with the run's choices; `what` of `longest` tokens must fit."""
+    overrides = {"remat": remat, "dtype": resolved_dtype(compute_dtype)}
+    if max_position_embeddings is not None:
+        overrides["max_position_embeddings"] = max_position_embeddings
+    config = QwenConfig.from_hf(folder, **overrides)
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"{what} is {longest} tokens: expected at most max_position_embeddings={config.max_position_embeddings} "
+            "(model.max_position_embeddings raises it)"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {config.vocab_size}"
+        )
+    return config
+
+
+def resolved_dtype(compute_dtype: str) -> str:
+    """ "auto" is bfloat16 on accelerators and float32 on CPU, whose bfloat16 is slow."""
+    if compute_dtype != "auto":
+        return compute_dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def mesh_for(sizes: MeshConfig, rows: int, what: str) -> Mesh:
+    """The mesh; ValueError when its data and fsdp axes do not divide the `rows` that pass through the model at once."""
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise ValueError(f"{what} = {rows} rows do not divide over the {shards} shards of mesh.data * mesh.fsdp")
+    return mesh
+
+
+def resumable(run_dir: str, config: dict, may_change: Sequence[str]) -> int | None:
+    """Step of the newest checkpoint in a run's folder; ValueError if it was made with another configuration."""
+    folder = Path(run_dir) / "checkpoints"
+    if not folder.is_dir():
+        return None
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.latest
+        if step is not None:
+            require_same_config(checkpoints.host(step)["config"], config, may_change=may_change)
+        return step
+
+
+def _prompts(config: Config, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> PromptSet:
+    return tokenize_prompts(tokenizer, problems, max_tokens=config.data.max_prompt, overlong=config.data.too_long)
+
+
+def _rows(config: Config) -> int:
+    return config.algorithm.mini_batch * config.rollout.n // config.algorithm.micro_batches

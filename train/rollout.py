@@ -1,0 +1,285 @@
+"""From prompts to graded groups: generation batches, dynamic sampling, and the surplus that waits for the next step."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlvr_jax.data.prompts import PromptSet, prompt_batches
+from rlvr_jax.decoding.generate import Generation, LanguageModel, decode
+from rlvr_jax.program import RunError
+from rlvr_jax.rewards.pool import GraderPool
+from train.config import Config
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """The n responses to one prompt, graded.
+
+    Attributes:
+      prompt: place in the prompt set.
+      sampled_at: trainer steps that the sampling policy had behind it.
+      generation_batch: number of the generation batch, from 0.
+      tokens: int32 [n, longest], 0 beyond a response.
+      logp: float32 [n, longest], the sampler's log-probs at its temperature.
+      lengths: int32 [n] in tokens, the stop token included.
+      finished: bool [n], ended by a stop token.
+      correct: bool [n].
+      predictions: the answer read from each response, or None.
+    """
+
+    prompt: int
+    sampled_at: int
+    generation_batch: int
+    tokens: np.ndarray
+    logp: np.ndarray
+    lengths: np.ndarray
+    finished: np.ndarray
+    correct: np.ndarray
+    predictions: tuple[str | None, ...]
+
+    @property
+    def varies(self) -> bool:
+        """Whether the accuracy has a standard deviation above 0, so that its advantages say something."""
+        return bool(self.correct.any() and not self.correct.all())
+
+
+class Collected(NamedTuple):
+    """The groups of one trainer step (fewer than train_batch only where `when_short` or the data end), numbers."""
+
+    groups: list[Group]
+    metrics: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """What decoding needs besides parameters, prompts and sampling settings."""
+
+    model: LanguageModel
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+    max_response: int
+    chunk: int
+    mesh: jax.sharding.Mesh | None
+
+    def __call__(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        problem_ids: Sequence[int],
+        *,
+        prompt_length: int,
+        at_once: int | None,
+        on_tokens: Callable[[int], None] = lambda tokens: None,
+        **sampling: Any,
+    ) -> list[Generation]:
+        """One `Generation` a prompt, decoded in equally shaped parts of `at_once` prompts (the last one filled up)."""
+        size = min(at_once or len(prompts), len(prompts))
+        done, tokens = [], 0
+        for begin in range(0, len(prompts), size):
+            part = list(range(begin, min(begin + size, len(prompts))))
+            part += part[-1:] * (size - len(part))
+            result = decode(
+                self.model,
+                params,
+                [prompts[i] for i in part],
+                problem_ids=[problem_ids[i] for i in part],
+                max_new_tokens=self.max_response,
+                stop_tokens=self.stop_tokens,
+                prompt_length=prompt_length,
+                chunk=self.chunk,
+                mesh=self.mesh,
+                on_chunk=lambda rows, drawn, before=tokens: on_tokens(before + drawn),
+                **sampling,
+            )
+            n = len(result.lengths) // size
+            wanted = min(size, len(prompts) - begin)
+            done += [Generation(*(x[i * n : (i + 1) * n] for x in result)) for i in range(wanted)]
+            tokens += int(result.lengths.sum())
+        return done
+
+    def text(self, tokens: np.ndarray) -> str:
+        """The response as text, without special tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class Collector:
+    """Collects the groups of each trainer step; its state goes into the checkpoint.
+
+    Groups beyond a step's need wait for the next one, first in first out (or are discarded, as published). They were
+    sampled by an older policy: like all others they get old log-probs from the current trainer policy, so the ratio
+    measures what this step changes, not how old they are; the gap metric and `carried_share` show their age.
+    """
+
+    def __init__(self, config: Config, decoder: Decoder, prompts: PromptSet, pool: GraderPool):
+        self._config, self._decoder, self._prompts, self._pool = config, decoder, prompts, pool
+        self._batches = prompt_batches(prompts.problems, config.rollout.generation_batch, config.seed)
+        self._carried: collections.deque[Group] = collections.deque()
+        self.prompt_length = max(len(tokens) for tokens in prompts.tokens)
+
+    @property
+    def generation_batches(self) -> int:
+        """Generation batches since the run began."""
+        return self._batches.drawn
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the epochs are over; carried groups may be left."""
+        return self._batches.epoch >= self._config.epochs
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train on."""
+        return self.exhausted and not self._carried
+
+    def collect(self, params: Any, trainer_step: int, on_phase: Callable[[str], None]) -> Collected:
+        """Groups for one trainer step; an empty list when the data are used up.
+
+        Raises:
+          RunError: max_generation_batches did not give a full batch (and `when_short` is "error").
+        """
+        algorithm = self._config.algorithm
+        kept, self._carried = list(self._carried), collections.deque()
+        carried = min(len(kept), algorithm.train_batch)
+        made: list[Group] = []
+        batches, seconds, errors = 0, collections.Counter(), 0
+        while len(kept) < algorithm.train_batch and not self.exhausted:
+            if batches == algorithm.max_generation_batches:
+                if algorithm.when_short == "pad" and kept:
+                    break
+                raise RunError(_short_of_groups(trainer_step, batches, made, kept, algorithm.train_batch))
+            groups, took, failed = self._generation_batch(params, trainer_step, on_phase)
+            batches, errors = batches + 1, errors + failed
+            seconds.update(took)
+            made += groups
+            kept += [group for group in groups if group.varies or not algorithm.dynamic_sampling]
+        groups, rest = kept[: algorithm.train_batch], kept[algorithm.train_batch :]
+        if algorithm.surplus == "carry":
+            self._carried.extend(rest)
+        metrics = {
+            "generation_batches_this_step": batches,
+            "groups_trained": len(groups),
+            "groups_carried_over": len(self._carried),
+            "groups_discarded": 0 if algorithm.surplus == "carry" else len(rest),
+            "carried_share": carried / max(1, len(groups)),
+        }
+        if made:
+            metrics |= _rollout_metrics(made, seconds, errors)
+        return Collected(groups, metrics)
+
+    def _generation_batch(
+        self, params: Any, trainer_step: int, on_phase: Callable[[str], None]
+    ) -> tuple[list[Group], dict[str, float], int]:
+        rollout, reward = self._config.rollout, self._config.reward
+        number = self._batches.drawn
+        chosen = [int(i) for i in next(self._batches)]
+        on_phase("rollout")
+        start = time.monotonic()
+        generations = self._decoder(
+            params,
+            [self._prompts.tokens[i] for i in chosen],
+            [self._prompts.problems[i].index for i in chosen],
+            prompt_length=self.prompt_length,
+            at_once=rollout.prompts_at_once,
+            on_tokens=lambda tokens: on_phase(f"rollout {tokens / (time.monotonic() - start):,.0f} tokens/s"),
+            n=rollout.n,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            # a problem that comes again in a later batch draws other random numbers
+            seed=(self._config.seed << 32) + number,
+        )
+        generated = time.monotonic()
+        on_phase("grade")
+        responses = [
+            self._decoder.text(tokens[:length])
+            for generation in generations
+            for tokens, length in zip(generation.tokens, generation.lengths, strict=True)
+        ]
+        answers = [self._prompts.problems[i].answer for i in chosen for _ in range(rollout.n)]
+        graded = self._pool.grade(reward.rule, responses, answers)
+        groups = []
+        for g, (prompt, generation) in enumerate(zip(chosen, generations, strict=True)):
+            verdicts = graded[g * rollout.n : (g + 1) * rollout.n]
+            longest = int(generation.lengths.max())
+            groups.append(
+                Group(
+                    prompt=prompt,
+                    sampled_at=trainer_step,
+                    generation_batch=number,
+                    tokens=generation.tokens[:, :longest].copy(),
+                    logp=generation.logp[:, :longest].copy(),
+                    lengths=generation.lengths.copy(),
+                    finished=generation.finished.copy(),
+                    correct=np.array([verdict.correct for verdict in verdicts]),
+                    predictions=tuple(verdict.prediction for verdict in verdicts),
+                )
+            )
+        took = {"rollout": generated - start, "grade": time.monotonic() - generated}
+        return groups, took, sum(verdict.error is not None for verdict in graded)
+
+    def get_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Position in the data and the carried groups, as plain values and arrays."""
+        plain = [
+            {
+                "prompt": group.prompt,
+                "sampled_at": group.sampled_at,
+                "generation_batch": group.generation_batch,
+                "predictions": list(group.predictions),
+            }
+            for group in self._carried
+        ]
+        arrays = {
+            name: np.concatenate([getattr(group, name).reshape(-1) for group in self._carried])
+            for name in ("tokens", "logp", "lengths", "finished", "correct")
+            if self._carried
+        }
+        return {"data": self._batches.get_state(), "carried": plain}, arrays
+
+    def set_state(self, plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Goes on exactly where `get_state` was called."""
+        self._batches.set_state(plain["data"])
+        self._carried.clear()
+        row = at = 0
+        n = self._config.rollout.n
+        for group in plain["carried"]:
+            rows = {name: arrays[name][row : row + n] for name in ("lengths", "finished", "correct")}
+            longest = int(rows["lengths"].max())
+            cells = {name: arrays[name][at : at + n * longest].reshape(n, longest) for name in ("tokens", "logp")}
+            self._carried.append(Group(**group | {"predictions": tuple(group["predictions"])}, **rows, **cells))
+            row, at = row + n, at + n * longest
+
+
+def _rollout_metrics(made: list[Group], seconds: collections.Counter, errors: int) -> dict[str, float]:
+    correct = np.concatenate([group.correct for group in made])
+    lengths = np.concatenate([group.lengths for group in made])
+    finished = np.concatenate([group.finished for group in made])
+    return {
+        "accuracy": float(correct.mean()),
+        "groups_generated": len(made),
+        "groups_kept_share": float(np.mean([group.varies for group in made])),
+        "groups_all_correct_share": float(np.mean([group.correct.all() for group in made])),
+        "groups_all_wrong_share": float(np.mean([not group.correct.any() for group in made])),
+        "response_length": float(lengths.mean()),
+        "response_length_max": int(lengths.max()),
+        "response_cut_share": float(1 - finished.mean()),
+        "grading_errors": errors,
+        "rollout_tokens": int(lengths.sum()),
+        "rollout_tokens_per_s": float(lengths.sum() / max(seconds["rollout"], 1e-9)),
+        "seconds_rollout": seconds["rollout"],
+        "seconds_grade": seconds["grade"],
+    }
+
+
+def _short_of_groups(step: int, batches: int, made: list[Group], kept: list[Group], wanted: int) -> str:
+    accuracy = np.mean([group.correct.mean() for group in made])
+    return (
+        f"trainer step {step}: {batches} generation batches (algorithm.max_generation_batches) gave {len(kept)} groups "
+        f"whose accuracy varies, {wanted} are needed (algorithm.train_batch); mean accuracy {accuracy:.3f}: the "
+        "problems are too hard or too easy for the model, or the grading rule does not read its answers "
+        "(algorithm.when_short=pad would train on what there is)"
+    )

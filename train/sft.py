@@ -1,0 +1,289 @@
+"""`python -m train.sft --model FOLDER --data x.jsonl ...`: supervised training on conversations.
+
+Starts from a checkpoint (`--model`), or from random weights for a config.json (`--init-config`, with `--tokenizer`):
+that is how a base model is born. The loss is the mean over the last assistant turn's tokens of all rows.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from rlvr_jax.checkpoint import Checkpoints
+from rlvr_jax.data.prompts import prompt_batches
+from rlvr_jax.data.sft import encode_conversation, read_conversations
+from rlvr_jax.data.text import load_tokenizer
+from rlvr_jax.files import write_json
+from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.hf import checkpoint_folder, load_hf
+from rlvr_jax.models.qwen import init_params, param_axes
+from rlvr_jax.objectives.logprobs import chunked_logprobs
+from rlvr_jax.objectives.policy import aggregate
+from rlvr_jax.program import RunError, config_dict, console, parse_config, run_program
+from rlvr_jax.sharding import ShardingRules
+from rlvr_jax.training import (
+    TrainState,
+    adamw,
+    make_train_step,
+    warmup_constant,
+    warmup_cosine,
+    with_learning_rate,
+)
+from train.config import CheckpointConfig, MeshConfig
+from train.dapo import Apply, model_apply
+from train.export import export
+from train.metrics import Display, MetricLog
+from train.prepare import mesh_for, read_model_config, resumable
+
+log = logging.getLogger(__name__)
+
+SHOWN = {
+    "loss": ("loss", ".4f"),
+    "lr": ("lr", ".2e"),
+    "grad": ("grad_norm", ".3g"),
+    "tokens/s": ("tokens_per_s", ",.0f"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTOptim:
+    lr: float = 1e-5
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = 10
+    """Steps of linear warm-up, from lr / warmup to lr."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    model: str = ""
+    """Hugging Face folder to start from."""
+    init_config: str = ""
+    """Instead of it: a config.json (or its folder) to start from random weights."""
+    tokenizer: str = ""
+    """Folder of the tokenizer; empty: the model's."""
+    data: str = ""
+    """Conversations: parquet or JSONL with `messages`, or `prompt` and `response`."""
+    run_dir: str = "runs/sft"
+    """Where everything goes. A run continues from its newest checkpoint there."""
+    steps: int | None = None
+    """Optimizer steps; None: as many as the epochs give."""
+    epochs: int = 1
+    batch: int = 64
+    """Conversations an optimizer step."""
+    micro_batches: int = 1
+    max_tokens: int = 2048
+    """Longer conversations are cut on the right."""
+    seed: int = 0
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+    logprob_chunk: int = 1024
+    optim: SFTOptim = SFTOptim()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=lambda: CheckpointConfig(every=0))
+    log_every: int = 1
+    """Steps between records."""
+    tensorboard: bool = True
+
+
+MAY_CHANGE = ("run_dir", "mesh", "checkpoint", "log_every", "tensorboard", "remat", "logprob_chunk", "micro_batches")
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTJob:
+    """A checked run: the configuration and what was read on the way."""
+
+    config: SFTConfig
+    model_folder: Path | None
+    model_config: QwenConfig
+    tokenizer: PreTrainedTokenizerFast
+    tokens_NT: np.ndarray
+    loss_mask_NT: np.ndarray
+    mesh: Mesh
+    steps: int
+    resume_from: int | None
+
+
+def prepare(argv: Sequence[str]) -> SFTJob:
+    """Reads the configuration and every input but the weights. Raises ValueError naming what is wrong."""
+    return check(parse_config(SFTConfig, argv, prog="python -m train.sft", description=__doc__ or ""))
+
+
+def check(config: SFTConfig) -> SFTJob:
+    """As `prepare`, from a configuration."""
+    if bool(config.model) == bool(config.init_config):
+        raise ValueError(f"model={config.model!r} and init_config={config.init_config!r}: expected one of the two")
+    if config.init_config and not config.tokenizer:
+        raise ValueError("tokenizer is empty: expected a folder, since init_config has none")
+    if not config.data:
+        raise ValueError("data is empty: expected a path")
+    counts = {
+        name: getattr(config, name)
+        for name in ("epochs", "batch", "micro_batches", "max_tokens", "logprob_chunk", "log_every", "steps")
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    if config.batch % config.micro_batches:
+        raise ValueError(f"micro_batches={config.micro_batches} does not divide batch={config.batch}")
+    if not (config.optim.lr > 0 and math.isfinite(config.optim.lr)):
+        raise ValueError(f"optim.lr={config.optim.lr}: expected a positive number")
+    folder = checkpoint_folder(config.model) if config.model else None
+    tokenizer = load_tokenizer(config.tokenizer or str(folder))
+    tokens_NT, loss_mask_NT = encode(tokenizer, config.data, config.max_tokens)
+    model_config = read_model_config(
+        folder or Path(config.init_config),
+        tokenizer,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+        max_position_embeddings=None,
+        longest=tokens_NT.shape[1],
+        what="the longest conversation",
+    )
+    return SFTJob(
+        config=config,
+        model_folder=folder,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        tokens_NT=tokens_NT,
+        loss_mask_NT=loss_mask_NT,
+        mesh=mesh_for(config.mesh, config.batch // config.micro_batches, "batch / micro_batches"),
+        steps=config.steps or math.ceil(config.epochs * len(tokens_NT) / config.batch),
+        resume_from=resumable(
+            config.run_dir,
+            config_dict(config),
+            # at a constant rate, more steps are the same run, longer
+            (*MAY_CHANGE, *(("steps", "epochs") if config.optim.schedule == "constant" else ())),
+        ),
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, path: str, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """All conversations right-padded to the longest: tokens and loss mask [N, T], -1 in the mask on padding."""
+    encoded = [encode_conversation(tokenizer, messages, max_tokens) for messages in read_conversations(path)]
+    kept = [(tokens, mask) for tokens, mask in encoded if any(mask)]
+    if not kept:
+        raise ValueError(f"{path}: no conversation has an assistant token within max_tokens={max_tokens}")
+    if len(kept) < len(encoded):
+        log.warning("%s: %d conversations dropped, nothing to learn in their first %d tokens",
+                    path, len(encoded) - len(kept), max_tokens)  # fmt: skip
+    longest = max(len(tokens) for tokens, _ in kept)
+    tokens_NT = np.zeros((len(kept), longest), np.int32)
+    loss_mask_NT = np.full((len(kept), longest), -1, np.int32)
+    for row, (tokens, mask) in enumerate(kept):
+        tokens_NT[row, : len(tokens)], loss_mask_NT[row, : len(tokens)] = tokens, mask
+    return tokens_NT, loss_mask_NT
+
+
+def make_loss(chunk: int) -> Any:
+    """Negative log-likelihood of the tokens under the loss mask, as (sum, number of tokens)."""
+
+    def loss_fn(apply: Apply, params: Any, batch: dict) -> tuple:
+        mask_BT = batch["loss_mask_BT"]
+        hidden_BTD, unembed_DV = apply(params, batch["tokens_BT"], None, (mask_BT >= 0).astype(jnp.int32))
+        logp_BT = chunked_logprobs(hidden_BTD[:, :-1], unembed_DV, batch["tokens_BT"][:, 1:], chunk=chunk)
+        return aggregate(-logp_BT, (mask_BT[:, 1:] > 0).astype(jnp.int32)), {}
+
+    return loss_fn
+
+
+def initial_params(job: SFTJob) -> Any:
+    """The folder's weights, or random ones, float32, on the mesh."""
+    if job.model_folder is not None:
+        return load_hf(job.model_folder, dtype=jnp.float32, mesh=job.mesh)[1]
+    init, key = partial(init_params, job.model_config, dtype=jnp.float32), jax.random.key(job.config.seed)
+    rules, axes = ShardingRules(), param_axes(job.model_config)
+    shardings = jax.tree.map(lambda x, names: rules.sharding(job.mesh, names, x.shape), jax.eval_shape(init, key), axes)
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def run(job: SFTJob) -> None:
+    """Runs a checked job to its end; raises RunError where it cannot go on."""
+    config, optim, folder = job.config, job.config.optim, Path(job.config.run_dir)
+    write_json(folder / "config.json", config_dict(config))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(job.mesh))
+        optimizer = adamw(
+            b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, clip_norm=optim.clip_norm
+        )
+        state = TrainState.create(initial_params(job), optimizer)
+        step = make_train_step(
+            model_apply(job.model_config),
+            optimizer,
+            make_loss(config.logprob_chunk),
+            micro_batches=config.micro_batches,
+            shardings=jax.tree.map(lambda x: x.sharding, state),
+        )
+        batches = prompt_batches(range(len(job.tokens_NT)), config.batch, config.seed)
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep))
+        done = 0
+        if job.resume_from is not None:
+            restored = checkpoints.restore(state, job.resume_from)
+            state, done = restored.state, restored.step
+            batches.set_state(restored.host["data"])
+        metrics = MetricLog(folder, after_step=job.resume_from, tensorboard=config.tensorboard)
+        stack.callback(metrics.close)
+        display = stack.enter_context(Display(console, total=job.steps, done=done, shown=SHOWN))
+        if done:
+            display.line(f"resumed {folder} after step {done}")
+        place = ShardingRules().sharding(job.mesh, ("batch", "time"), (config.batch, job.tokens_NT.shape[1]))
+        display.phase("update")
+        start, tokens = time.monotonic(), 0
+        for number in range(done, job.steps):
+            rows = next(batches)
+            if optim.schedule == "cosine":
+                lr = warmup_cosine(number, peak=optim.lr, warmup=optim.warmup, total=job.steps)
+            else:
+                lr = warmup_constant(number + 1, peak=optim.lr, warmup=optim.warmup)
+            batch = {
+                "tokens_BT": jax.device_put(job.tokens_NT[rows], place),
+                "loss_mask_BT": jax.device_put(job.loss_mask_NT[rows], place),
+            }
+            state, made = step(with_learning_rate(state, lr), batch)
+            tokens += int((job.loss_mask_NT[rows] >= 0).sum())
+            last = number + 1 == job.steps
+            if last or (number + 1) % config.log_every == 0:
+                made = {name: float(x) for name, x in jax.device_get(made).items()}
+                if made["skipped"]:
+                    raise RunError(f"step {number + 1}: the loss or its gradient is not finite (loss {made['loss']})")
+                seconds = time.monotonic() - start
+                numbers = {
+                    "trainer_steps": number + 1,
+                    "optimizer_steps": int(state.step),
+                    "epoch": batches.epoch,
+                    "loss": made["loss"],
+                    "lr": lr,
+                    "grad_norm": made["grad_norm"],
+                    "loss_tokens": made["weight"],
+                    "tokens_per_s": tokens / max(seconds, 1e-9),
+                }
+                metrics.write({"kind": "train"} | numbers)
+                display.step(numbers)
+                start, tokens = time.monotonic(), 0
+            every = config.checkpoint.every
+            if last or (every and (number + 1) % every == 0):
+                host = {"config": config_dict(config), "data": batches.get_state()}
+                checkpoints.save(number + 1, state, host=host)
+        out, dtype = folder / "hf", config.checkpoint.export_dtype
+        export(out, job.model_config, state.params, job.tokenizer, base=job.model_folder, dtype=dtype)
+        display.line(f"done: {job.steps} steps; model in {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(prepare, run))
