@@ -63,10 +63,10 @@ def run(demo: Demo) -> None:
             test=demo.problems,
         )  # fmt: skip
     stage(2, "the base model: supervised, first on careful demonstrations, then on the mixed crowd")
-    program("train.sft", "configs/demo_sft_clean.py", out / "clean", demo.seed, data=out / "task" / "clean.jsonl",
-            init=out / "task" / "init")  # fmt: skip
-    program("train.sft", "configs/demo_sft_mixed.py", out / "base", demo.seed, data=out / "task" / "mixed.jsonl",
-            init=out / "clean" / "hf")  # fmt: skip
+    supervised(
+        "clean", out / "clean", demo, "--init-config", out / "task" / "init", "--tokenizer", out / "task" / "init"
+    )
+    supervised("mixed", out / "base", demo, "--model", out / "clean" / "hf")
     stage(3, "reinforcement learning: DAPO with low-probability re-weighting, from the base model")
     command("train", "--config", "configs/demo_dapo.py", "--run-dir", out / "dapo", "--seed", demo.seed,
             "--model.path", base, "--data.train", out / "task" / "train.parquet", "--data.val", problems)  # fmt: skip
@@ -88,8 +88,10 @@ def run(demo: Demo) -> None:
     console.print(f"\nfigure: {out / 'demo.png'}   models: {base}, {rl}   {time.monotonic() - started:.0f} s in all")
 
 
-def program(module: str, config: str, folder: Path, seed: int, *, data: Path, init: Path) -> None:
-    command(module, "--config", config, "--run-dir", folder, "--seed", seed, "--data", data, "--init", init)
+def supervised(kind: str, folder: Path, demo: Demo, *start: object) -> None:
+    data = Path(demo.out) / "task" / f"{kind}.jsonl"
+    recipe = f"configs/demo_sft_{kind}.py"
+    command("train.sft", "--config", recipe, "--run-dir", folder, "--data", data, "--seed", demo.seed, *start)
 
 
 def decode(

@@ -286,4 +286,6 @@ def run(job: SFTJob) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(prepare, run))
+    from train import sft  # under its own name: recipes make train.sft's SFTConfig, not that of __main__
+
+    sys.exit(run_program(sft.prepare, sft.run))
