@@ -13,7 +13,7 @@ def group_advantages(
     group_B: Int[Array, " B"],
     *,
     normalize_by_std: bool = True,
-    epsilon: float = 1e-6,
+    epsilon: ArrayLike = 1e-6,
     num_groups: int | None = None,
 ) -> Float[jax.Array, " B"]:
     """A = (score - mean) / (std + epsilon) inside each prompt's group, std with ddof = 1 (DeepSeekMath, 2402.03300).

@@ -23,8 +23,10 @@ def token_logprobs(
     if logits_BTV.shape[:-1] != targets_BT.shape:
         raise ValueError(f"targets_BT has shape {targets_BT.shape}: expected {logits_BTV.shape[:-1]}, as logits_BTV")
     scores_BTV = logits_BTV / temperature
+    # The largest score goes first, so that large scores near one another keep their digits.
+    scores_BTV -= jax.lax.stop_gradient(jnp.max(scores_BTV, axis=-1, keepdims=True))
     chosen_BT = jnp.take_along_axis(scores_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return chosen_BT - jax.nn.logsumexp(scores_BTV, axis=-1)
+    return chosen_BT - jnp.log(jnp.sum(jnp.exp(scores_BTV), axis=-1))
 
 
 def chunked_logprobs(
@@ -84,46 +86,43 @@ def _score(hidden_BTD, unembed_DV, targets_BT, temperature, *, chunk: int, entro
     return tuple(x_RS[:, :S].reshape(R * fold, T)[:B] for x_RS in scored)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _scan_chunks(
-    hidden_RSD, unembed_DV, targets_RS, temperature_R11, width: int, entropy: bool
-) -> tuple[jax.Array, ...]:
-    return _forward(hidden_RSD, unembed_DV, targets_RS, temperature_R11, width, entropy)[0]
-
-
 def _forward(hidden_RSD, unembed_DV, targets_RS, temperature_R11, width: int, entropy: bool):
     unembed = unembed_DV.astype(hidden_RSD.dtype)
 
     def score_chunk(_, start):
         scores_RCV = _scores(_slice(hidden_RSD, start, width), unembed, temperature_R11)
-        log_z_RC = jax.nn.logsumexp(scores_RCV, axis=-1)
+        top_RC = jnp.max(scores_RCV, axis=-1)
+        shifted_RCV = scores_RCV - top_RC[..., None]
+        log_sum_RC = jnp.log(jnp.sum(jnp.exp(shifted_RCV), axis=-1))
         # A comparison fuses with the sums and splits over a sharded vocabulary; a gather does neither.
-        chosen_RC = jnp.sum(jnp.where(_is_target(targets_RS, start, width, scores_RCV), scores_RCV, 0.0), axis=-1)
-        outputs = [chosen_RC - log_z_RC, log_z_RC]
+        chosen_RC = jnp.sum(jnp.where(_is_target(targets_RS, start, width, scores_RCV), shifted_RCV, 0.0), axis=-1)
+        entropy_RC = None
         if entropy:
-            p_RCV = jnp.exp(scores_RCV - log_z_RC[..., None])
-            outputs.append(log_z_RC - jnp.sum(p_RCV * scores_RCV, axis=-1))
-        return None, outputs
+            p_RCV = jnp.exp(shifted_RCV - log_sum_RC[..., None])
+            entropy_RC = log_sum_RC - jnp.sum(p_RCV * shifted_RCV, axis=-1)
+        return None, (chosen_RC - log_sum_RC, top_RC, log_sum_RC, entropy_RC)
 
     _, stacked = jax.lax.scan(score_chunk, None, jnp.arange(0, targets_RS.shape[1], width))
-    logp_RS, log_z_RS, *entropy_RS = map(_unstack, stacked)
-    return (logp_RS, *entropy_RS), (hidden_RSD, unembed_DV, targets_RS, temperature_R11, log_z_RS, *entropy_RS)
+    logp_RS, top_RS, log_sum_RS, entropy_RS = jax.tree.map(_unstack, stacked)
+    saved = (hidden_RSD, unembed_DV, targets_RS, temperature_R11, top_RS, log_sum_RS, entropy_RS)
+    return (logp_RS, entropy_RS) if entropy else (logp_RS,), saved
 
 
 def _backward(width: int, entropy: bool, saved, cotangents):
-    hidden_RSD, unembed_DV, targets_RS, temperature_R11, log_z_RS, *entropy_RS = saved
+    hidden_RSD, unembed_DV, targets_RS, temperature_R11, top_RS, log_sum_RS, entropy_RS = saved
     unembed, accumulator = unembed_DV.astype(hidden_RSD.dtype), _accumulator(hidden_RSD)
     d_logp_RS, *d_entropy_RS = cotangents
 
     def chunk_gradient(d_unembed_DV, start):
         hidden_RCD = _slice(hidden_RSD, start, width)
         scores_RCV = _scores(hidden_RCD, unembed, temperature_R11)
-        logp_RCV = scores_RCV - _slice(log_z_RS, start, width)[..., None]
+        top_RC1, log_sum_RC1 = (_slice(x_RS, start, width)[..., None] for x_RS in (top_RS, log_sum_RS))
+        logp_RCV = scores_RCV - top_RC1 - log_sum_RC1
         p_RCV = jnp.exp(logp_RCV)
         one_hot_RCV = _is_target(targets_RS, start, width, scores_RCV)
         d_scores_RCV = _slice(d_logp_RS, start, width)[..., None] * (one_hot_RCV - p_RCV)
         if entropy:
-            entropy_RC1 = _slice(entropy_RS[0], start, width)[..., None]
+            entropy_RC1 = _slice(entropy_RS, start, width)[..., None]
             d_scores_RCV -= _slice(d_entropy_RS[0], start, width)[..., None] * p_RCV * (logp_RCV + entropy_RC1)
         d_temperature_R11 = -jnp.sum(d_scores_RCV * scores_RCV, axis=(1, 2), keepdims=True) / temperature_R11
         d_logits_RCV = (d_scores_RCV / temperature_R11).astype(hidden_RSD.dtype)
@@ -137,6 +136,7 @@ def _backward(width: int, entropy: bool, saved, cotangents):
     return _unstack(d_hidden_nRCD), d_unembed_DV.astype(unembed_DV.dtype), None, d_temperature_nR11.sum(axis=0)
 
 
+_scan_chunks = jax.custom_vjp(lambda *args: _forward(*args)[0], nondiff_argnums=(4, 5))
 _scan_chunks.defvjp(_forward, _backward)
 
 

@@ -125,7 +125,7 @@ def _ranks(values_BT: jax.Array, counted_BT: jax.Array) -> jax.Array:
     return jnp.zeros_like(index_N).at[order_N].set(index_N).reshape(values_BT.shape)
 
 
-def _rank_at(count: jax.Array, quantile: ArrayLike, complement: bool = False) -> jax.Array:
+def _rank_at(count: Array, quantile: ArrayLike, complement: bool = False) -> Array:
     """floor(q * count), or of (1 - q) * count, where a product meant to be whole is not lost to rounding."""
     if isinstance(quantile, int | float | np.number):
         q = Fraction(float(quantile)).limit_denominator(_DENOMINATOR)
