@@ -71,4 +71,4 @@ def write_cache(
     rows_B1 = jnp.arange(cache_BKSH.shape[0])[:, None]
     # A negative index would count from the end, so it is sent beyond the capacity, where it is dropped.
     index_BT = jnp.where(positions_BT < 0, cache_BKSH.shape[2], positions_BT)
-    return cache_BKSH.at[rows_B1, :, index_BT].set(new_BTKH.astype(cache_BKSH.dtype), mode="drop")
+    return jnp.asarray(cache_BKSH).at[rows_B1, :, index_BT].set(new_BTKH.astype(cache_BKSH.dtype), mode="drop")
