@@ -73,8 +73,3 @@ def write_tiny_problems(path: str | Path, count: int, *, answer: str | None = No
         for i in range(count)
     ]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def contains_digit(response: str, answer: str) -> bool:
-    """A grading rule that random responses pass now and then: the answer occurs anywhere."""
-    return answer in response

@@ -24,6 +24,8 @@ class DataConfig:
     """Training problems: parquet in the published schema, or JSONL."""
     val: str | None = None
     """Validation problems; None: no evaluation."""
+    deduplicate: bool = False
+    """Keep one training row of each problem id; published files repeat each problem about 100 times."""
     prompt_suffix: str = ""
     """Appended to the (stripped) last user turn."""
     max_prompt: int = 2048

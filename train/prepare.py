@@ -54,10 +54,11 @@ def check(config: Config) -> Job:
     check_values(config)
     folder = checkpoint_folder(config.model.path)
     tokenizer = load_tokenizer(folder)
-    train = _prompts(config, tokenizer, read_problems(config.data.train, prompt_suffix=config.data.prompt_suffix))
+    suffix, repeats = config.data.prompt_suffix, "by_id" if config.data.deduplicate else "none"
+    train = _prompts(config, tokenizer, read_problems(config.data.train, prompt_suffix=suffix, deduplicate=repeats))
     val = None
     if config.data.val is not None and config.eval.every:
-        problems = distinct(read_problems(config.data.val, prompt_suffix=config.data.prompt_suffix))
+        problems = distinct(read_problems(config.data.val, prompt_suffix=suffix))
         val = _prompts(config, tokenizer, problems)
     longest = max(len(tokens) for prompts in (train, val) if prompts for tokens in prompts.tokens)
     model_config = read_model_config(

@@ -153,11 +153,15 @@ class Trainer:
             rows.mask_NT[at, P:] = rows.response_NR[at]
             rows.group_N[at] = g
             logp_NR[at, :longest] = group.logp
-            if reward.overlong_buffer:
-                penalty_N[at] = overlong_penalty(
-                    group.lengths, max_response=R, buffer=reward.overlong_buffer, factor=reward.overlong_factor
-                )
-            rows.score_N[at] = np.where(group.correct, 1.0, -1.0) + penalty_N[at]
+            rows.score_N[at] = np.where(group.correct, 1.0, -1.0)
+        if reward.overlong_buffer:  # of all rows at once: padding rows have length 0, hence no punishment
+            penalty_N[:] = overlong_penalty(
+                rows.response_NR.sum(axis=1),
+                max_response=R,
+                buffer=reward.overlong_buffer,
+                factor=reward.overlong_factor,
+            )
+            rows.score_N[:] += penalty_N
         return rows, logp_NR, penalty_N
 
     def _scores(self, params: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,142 @@
+"""Dynamic sampling and the carry-over, with a stub for the decoder and the grader."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from rlvr_jax.data.problems import Problem
+from rlvr_jax.data.prompts import PromptSet
+from rlvr_jax.decoding.generate import Generation
+from rlvr_jax.program import RunError
+from rlvr_jax.rewards.pool import Graded
+from train.config import AlgorithmConfig, Config, RolloutConfig
+from train.rollout import Collector, Group
+
+PROMPTS = 12
+HARD = {1, 4, 7}  # no response is right
+EASY = {2, 5}  # every response is right
+
+
+class StubDecoder:
+    """Response i of a prompt has i + 1 tokens, all of them the prompt's number."""
+
+    def __init__(self):
+        self.seeds = []
+
+    def __call__(self, params, prompts, problem_ids, *, n, seed, **_):
+        self.seeds.append(seed)
+        made = []
+        for prompt, identity in zip(prompts, problem_ids, strict=True):
+            assert prompt[0] == identity
+            lengths = np.arange(1, n + 1, dtype=np.int32)
+            cells = (np.arange(8) < lengths[:, None]) * np.int32(identity)
+            made.append(Generation(cells, cells * np.float32(-0.25), lengths, lengths < n))
+        return made
+
+    def text(self, tokens):
+        return f"{tokens[0]}:{len(tokens)}"
+
+
+class StubPool:
+    def grade(self, rule, responses, answers):
+        verdicts = []
+        for response in responses:
+            prompt, length = map(int, response.split(":"))
+            verdicts.append(Graded(prompt in EASY or (prompt not in HARD and length == 1), str(length), None))
+        return verdicts
+
+
+def collector(*, generation_batch=4, train_batch=3, epochs=2, **algorithm):
+    problems = [Problem(i, str(i), ({"role": "user", "content": "x"},), "a", "s") for i in range(PROMPTS)]
+    config = Config(
+        epochs=epochs,
+        rollout=RolloutConfig(n=3, generation_batch=generation_batch, max_response=8),
+        algorithm=AlgorithmConfig(train_batch=train_batch, mini_batch=1, **algorithm),
+    )
+    decoder = StubDecoder()
+    return Collector(config, decoder, PromptSet(problems, [[i] for i in range(PROMPTS)]), StubPool()), decoder
+
+
+def collect(source, step):
+    return source.collect(None, step, lambda phase: None)
+
+
+def same(a: Group, b: Group) -> bool:
+    return all(
+        np.array_equal(getattr(a, field.name), getattr(b, field.name))
+        and np.asarray(getattr(a, field.name)).dtype == np.asarray(getattr(b, field.name)).dtype
+        for field in dataclasses.fields(Group)
+    )
+
+
+def test_only_groups_whose_accuracy_varies_are_kept_in_order():
+    source, _ = collector(train_batch=7, generation_batch=PROMPTS)
+    groups, metrics = collect(source, 0)
+    assert len(groups) == PROMPTS - len(HARD) - len(EASY)
+    assert {group.prompt for group in groups} == set(range(PROMPTS)) - HARD - EASY
+    assert metrics["groups_kept_share"] == pytest.approx(7 / 12)
+    assert metrics["groups_all_correct_share"] == pytest.approx(2 / 12)
+    assert metrics["groups_all_wrong_share"] == pytest.approx(3 / 12)
+    assert metrics["accuracy"] == pytest.approx((7 / 3 + 2) / 12)
+    assert metrics["response_length"] == 2
+    assert metrics["response_cut_share"] == pytest.approx(1 / 3)
+
+
+def test_without_dynamic_sampling_every_group_is_kept():
+    source, _ = collector(train_batch=PROMPTS, generation_batch=PROMPTS, dynamic_sampling=False)
+    assert {group.prompt for group in collect(source, 0).groups} == set(range(PROMPTS))
+
+
+def test_surplus_is_first_in_line_for_the_next_step():
+    source, decoder = collector(generation_batch=PROMPTS, train_batch=3)
+    first, second, third = (collect(source, step) for step in range(3))
+    assert [len(x.groups) for x in (first, second, third)] == [3, 3, 3]
+    assert [x.metrics["groups_carried_over"] for x in (first, second)] == [4, 1]
+    assert [x.metrics["generation_batches_this_step"] for x in (first, second, third)] == [1, 0, 1]
+    assert [x.metrics["carried_share"] for x in (first, second, third)] == [0, 1, pytest.approx(1 / 3)]
+    assert [g.sampled_at for g in third.groups] == [0, 2, 2]
+    assert len({g.prompt for x in (first, second) for g in x.groups} | {third.groups[0].prompt}) == 7
+    assert source.generation_batches == 2
+    assert len(set(decoder.seeds)) == 2  # the second epoch draws other responses to the same problems
+
+
+def test_surplus_can_be_discarded():
+    source, _ = collector(generation_batch=PROMPTS, train_batch=3, surplus="discard")
+    first, second = collect(source, 0), collect(source, 1)
+    assert first.metrics["groups_discarded"] == 4
+    assert all(group.sampled_at == 1 for group in second.groups)
+
+
+def test_too_few_groups_is_an_error_or_a_partly_filled_batch():
+    source, _ = collector(generation_batch=4, train_batch=8, max_generation_batches=2)
+    with pytest.raises(RunError, match=r"trainer step 0: 2 generation batches .* 8 are needed"):
+        collect(source, 0)
+    source, _ = collector(generation_batch=4, train_batch=8, max_generation_batches=2, when_short="pad")
+    assert 0 < len(collect(source, 0).groups) < 8
+
+
+def test_the_end_of_the_data_gives_a_last_partly_filled_batch_then_none():
+    source, _ = collector(generation_batch=5, train_batch=4, epochs=1)
+    sizes = []
+    while groups := collect(source, len(sizes)).groups:
+        sizes.append(len(groups))
+    assert source.generation_batches == 3  # 12 prompts in batches of 5
+    assert all(size == 4 for size in sizes[:-1])
+    assert source.done
+
+
+def test_state_round_trip_continues_identically():
+    one, _ = collector(generation_batch=PROMPTS, train_batch=2)
+    collect(one, 0)
+    plain, arrays = one.get_state()
+    assert len(plain["carried"]) == 5
+    other, _ = collector(generation_batch=PROMPTS, train_batch=2)
+    other.set_state(plain, arrays)
+    for step in range(1, 5):
+        a, b = collect(one, step), collect(other, step)
+        assert len(a.groups) == 2
+        assert all(same(x, y) for x, y in zip(a.groups, b.groups, strict=True))
+    assert one.generation_batches == other.generation_batches
+    empty, _ = collector()
+    assert empty.get_state()[1] == {}

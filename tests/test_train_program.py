@@ -1,0 +1,403 @@
+"""`python -m train`, end to end on a tiny model: resume, shapes, files, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from rlvr_jax.checkpoint import Checkpoints
+from rlvr_jax.data.text import load_tokenizer
+from rlvr_jax.models.hf import load_hf
+from rlvr_jax.models.qwen import hidden_states, logits
+from rlvr_jax.program import run_program
+from tests.tiny import tiny_checkpoint, write_tiny_problems
+from train.loop import run
+from train.metrics import MetricLog
+from train.prepare import prepare
+
+ROOT = Path(__file__).parent.parent
+COMPILE = "/jax/core/compile/backend_compile_duration"
+TIMES = {"seconds", "seconds_rollout", "seconds_grade", "seconds_train", "rollout_tokens_per_s"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Model and problems; the programs of one test's run are read back by the next one's from a cache on disk."""
+    path = tmp_path_factory.mktemp("train")
+    tiny_checkpoint(path / "model")
+    write_tiny_problems(path / "train.jsonl", 40)
+    write_tiny_problems(path / "val.jsonl", 8)
+    options = {
+        "jax_compilation_cache_dir": str(path / "cache"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def arguments(place, run_dir, **changes):
+    values = {
+        "run_dir": run_dir,
+        "steps": 4,
+        "model.path": place / "model",
+        "data.train": place / "train.jsonl",
+        "data.val": place / "val.jsonl",
+        "rollout.n": 4,
+        "rollout.generation_batch": 8,
+        "rollout.max_response": 16,
+        "rollout.chunk": 8,
+        "reward.rule": "tests.tiny_rules:contains",
+        "reward.workers": 1,
+        "reward.overlong_buffer": 8,
+        "algorithm.reweight.kind": "low_prob",
+        "algorithm.train_batch": 4,
+        "algorithm.mini_batch": 2,
+        "optim.lr": 3e-3,
+        "optim.warmup": 2,
+        "eval.every": 2,
+        "eval.n": 4,
+        "checkpoint.every": 1,
+    } | {name.replace("__", "."): value for name, value in changes.items()}
+    flags = []
+    for name, value in values.items():
+        group, _, last = name.replace("_", "-").rpartition(".")
+        prefix = f"--{group}." if group else "--"
+        flags += [f"{prefix}no-{last}"] if value is False else [f"{prefix}{last}", str(value)]
+    return flags
+
+
+def train(place, run_dir, **changes):
+    run(prepare(arguments(place, run_dir, **changes)))
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def final_state(run_dir, step):
+    with Checkpoints(run_dir / "checkpoints") as checkpoints:
+        assert checkpoints.latest == step
+        host = checkpoints.host(step)
+    leaves = {}
+    tree = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(step) / "state")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaves[jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
+    return leaves, host
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """Four uninterrupted steps, with the number of compilations when each record was written."""
+    compiled, seen = [0], {}
+
+    def count(event, duration, **_):
+        compiled[0] += event == COMPILE
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    write = MetricLog.write
+
+    def noted(self, record):
+        seen[record["kind"], record["trainer_steps"]] = compiled[0]
+        write(self, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricLog, "write", noted)
+        records = train(place, place / "whole")
+    jax.monitoring.unregister_event_duration_listener(count)
+    return records, seen
+
+
+def test_two_steps_and_two_after_a_resume_are_four_steps(place, whole):
+    train(place, place / "resumed", steps=2)
+    # what a run killed after its checkpoint would have left behind
+    with open(place / "resumed" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "trainer_steps": 3, "loss": 1}\n{"kind": "tra')
+    records = train(place, place / "resumed", steps=4)
+    assert [(r["kind"], r["trainer_steps"]) for r in records] == [
+        ("eval", 0),
+        ("train", 1),
+        ("train", 2),
+        ("eval", 2),
+        ("train", 3),
+        ("train", 4),
+        ("eval", 4),
+    ]
+    assert [{k: v for k, v in r.items() if k not in TIMES} for r in records] == [
+        {k: v for k, v in r.items() if k not in TIMES} for r in whole[0]
+    ]
+    ours, ours_host = final_state(place / "resumed", 4)
+    theirs, theirs_host = final_state(place / "whole", 4)
+    assert ours == theirs
+    assert ours_host["collector"] == theirs_host["collector"]
+    assert any("params" in name for name in ours)
+    assert any(r["carried_share"] > 0 for r in records if r["kind"] == "train" and r["trainer_steps"] > 2)
+    for step in (3, 4):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        assert rows_of(place / "resumed" / name) == rows_of(place / "whole" / name)
+
+
+def test_nothing_is_compiled_after_the_warm_up(whole):
+    records, seen = whole
+    assert seen["train", 1] > 10
+    late = [r for r in records if r["kind"] == "train" and r["trainer_steps"] > 2]
+    assert sum(r["generation_batches_this_step"] for r in late) > 0
+    assert seen["train", 4] == seen["eval", 2], "a step compiled something again"
+    assert seen["eval", 4] == seen["train", 4], "an evaluation compiled something again"
+
+
+def test_records_hold_the_counters_and_the_numbers_of_a_step(whole):
+    steps = [r for r in whole[0] if r["kind"] == "train"]
+    assert [r["trainer_steps"] for r in steps] == [1, 2, 3, 4]
+    assert [r["optimizer_steps"] for r in steps] == [2, 4, 6, 8]
+    assert [r["lr"] for r in steps] == [0, 1.5e-3, 3e-3, 3e-3]
+    made = np.cumsum([r["generation_batches_this_step"] for r in steps])
+    assert [r["generation_batches"] for r in steps] == made.tolist()
+    first = steps[0]
+    # sampler and trainer are the same policy in the first step, and nothing moves at learning rate 0
+    assert 0 < first["rollout_gap_max_abs"] < 1e-4
+    assert first["rollout_gap_fresh_mean_abs"] == first["rollout_gap_mean_abs"]
+    assert abs(first["ratio"] - 1) < 1e-5
+    assert first["approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert max(r["approx_kl"] for r in steps[2:]) > 1e-6
+    assert 1 < first["advantage_weight"] <= 1.2
+    assert 0 < first["entropy"] < np.log(48)
+    assert first["groups_kept_share"] > 0
+    assert all(r["rollout_gap_fresh_max_abs"] is None or r["rollout_gap_fresh_max_abs"] < 1e-4 for r in steps)
+    for record in whole[0]:
+        assert record["kind"] != "eval" or {"avg@4", "pass@1", "pass@4"} <= record.keys()
+
+
+def test_rollouts_are_readable_and_consistent(place, whole):
+    rows = rows_of(place / "whole" / "rollouts" / "step_000001.jsonl")
+    assert len(rows) == 16
+    for row in rows:
+        assert "<|im_start|>user\n" in row["prompt"]
+        assert row["correct"] == (row["answer"] in row["response"])
+        assert row["score"] == pytest.approx((1 if row["correct"] else -1) - max(0, row["length"] - 8) / 8)
+        assert row["finished"] or row["length"] == 16
+        assert row["mean_logp"] < 0
+    for g in range(4):
+        scores = np.array([row["score"] for row in rows[4 * g : 4 * g + 4]])
+        advantage = [row["advantage"] for row in rows[4 * g : 4 * g + 4]]
+        np.testing.assert_allclose(
+            advantage, (scores - scores.mean()) / (scores.std(ddof=1) + 1e-6), rtol=1e-4, atol=1e-5
+        )
+        assert len({row["correct"] for row in rows[4 * g : 4 * g + 4]}) == 2
+    record = next(r for r in whole[0] if r["kind"] == "train")
+    assert record["score"] == pytest.approx(np.mean([row["score"] for row in rows]), rel=1e-5)
+    assert record["loss_weight"] == pytest.approx(sum(row["length"] for row in rows))
+
+
+def test_evaluation_is_that_of_its_rows(place, whole):
+    rows = rows_of(place / "whole" / "eval" / "step_000004.jsonl")
+    record = next(r for r in whole[0] if (r["kind"], r["trainer_steps"]) == ("eval", 4))
+    correct = np.array([row["correct"] for row in rows]).reshape(8, 4)
+    assert record["avg@4"] == pytest.approx(correct.mean())
+    assert record["pass@4"] == pytest.approx(correct.any(axis=1).mean())
+    assert record["avg@4_low"] <= record["avg@4"] <= record["avg@4_high"]
+
+
+def test_tensorboard_has_the_numbers(place, whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(place / "whole" / "tensorboard"))
+    events.Reload()
+    logged = [(e.step, e.value) for e in events.Scalars("train/entropy")]
+    wanted = [(r["trainer_steps"], r["entropy"]) for r in whole[0] if r["kind"] == "train"]
+    assert [step for step, _ in logged] == [step for step, _ in wanted]
+    np.testing.assert_allclose([v for _, v in logged], [v for _, v in wanted], rtol=1e-6)
+
+
+def test_the_export_is_the_trained_model(place, whole):
+    folder = place / "whole" / "hf"
+    config, params = load_hf(folder, dtype=jnp.float32)
+    _, before = load_hf(place / "model", dtype=jnp.float32)
+    assert np.abs(np.asarray(params["embed"]) - np.asarray(before["embed"])).max() > 1e-4
+    # the export's log-probs are those that the last evaluation's sampler would have seen
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("1+2=3")) == "1+2=3"
+    out = logits(config, params, hidden_states(config, params, jnp.array([tokenizer.encode("1+2")])))
+    assert np.isfinite(out).all()
+    states, _ = final_state(place / "whole", 4)
+    assert states["['params']['embed']"] == np.asarray(params["embed"]).tobytes()
+
+
+def test_another_configuration_does_not_continue_a_run(place, whole):
+    with pytest.raises(
+        ValueError, match=r"optim\.lr: the checkpoint was made with 0\.003, the configuration says 0\.1"
+    ):
+        prepare(arguments(place, place / "whole", optim__lr=0.1))
+    assert prepare(arguments(place, place / "whole", steps=9, eval__every=3)).resume_from == 4
+
+
+def test_epochs_masks_and_the_reference_model(place):
+    """One epoch of few problems ends in a partly filled batch; a mask by dlogp runs the base model beside."""
+    write_tiny_problems(place / "few.jsonl", 14)
+    records = train(
+        place,
+        place / "few",
+        **{
+            "data__train": place / "few.jsonl",
+            "steps": "None",
+            "algorithm__train_batch": 6,
+            "algorithm__mini_batch": 2,
+            "algorithm__reweight__kind": "current_linear",
+            "algorithm__loss_mask__kind": "ends_delta_logp",
+            "eval__every": 0,
+            "optim__warmup": 0,
+            "log__rollouts": 1,
+        },
+    )
+    assert {r["kind"] for r in records} == {"train"}
+    assert records[-1]["generation_batches"] == 2
+    assert records[-1]["padding_row_share"] > 0
+    assert records[-1]["groups_trained"] < 6
+    assert records[0]["delta_logp"] == pytest.approx(0, abs=1e-5)  # the base model is the policy
+    assert 0 < records[0]["loss_token_share"] < 1
+    assert len(rows_of(place / "few" / "rollouts" / "step_000001.jsonl")) == 4
+    assert (place / "few" / "hf" / "model.safetensors").exists()
+
+
+def program(place, run_dir, monkeypatch, capsys, **changes):
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(place, run_dir, **changes)])
+    code = run_program(prepare, run)
+    return code, " ".join(capsys.readouterr().err.split())
+
+
+def test_no_group_that_varies_is_one_sentence_and_exit_code_1(place, monkeypatch, capsys):
+    code, err = program(
+        place,
+        place / "never",
+        monkeypatch,
+        capsys,
+        reward__rule="tests.tiny_rules:never",
+        algorithm__max_generation_batches=2,
+        eval__every=0,
+    )
+    assert code == 1
+    assert "error: trainer step 0: 2 generation batches (algorithm.max_generation_batches) gave 0 groups" in err
+
+
+def test_a_loss_that_is_not_finite_twice_is_exit_code_1(place, monkeypatch, capsys):
+    code, err = program(
+        place,
+        place / "blown",
+        monkeypatch,
+        capsys,
+        optim__lr=1e30,
+        optim__warmup=0,
+        eval__every=0,
+        algorithm__dynamic_sampling=False,
+    )
+    assert code == 1, err
+    assert "not finite in any mini-batch of two trainer steps in a row" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"model__path": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"data__train": "nowhere.parquet"}, r"nowhere\.parquet: no such file"),
+        ({"data__val": "nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
+        ({"rollout__n": 0}, r"rollout\.n=0: expected at least 1"),
+        ({"rollout__n": 1}, r"rollout\.n=1 with algorithm\.dynamic_sampling"),
+        ({"algorithm__mini_batch": 3}, r"algorithm\.mini_batch=3 does not divide algorithm\.train_batch=4"),
+        ({"algorithm__micro_batches": 3}, r"algorithm\.micro_batches=3 does not divide the 8 rows"),
+        ({"algorithm__micro_batches": 2}, r"= 4 rows do not divide over the 8 shards"),
+        (
+            {"algorithm__reweight__kind": "low_probability"},
+            r"algorithm\.reweight\.kind='low_probability': expected one of",
+        ),
+        ({"algorithm__loss_mask__kind": "low"}, r"algorithm\.loss_mask\.kind='low': expected one of"),
+        ({"algorithm__aggregation": "mean"}, r"algorithm\.aggregation='mean': expected one of"),
+        ({"data__max_prompt": 4, "data__too_long": "error"}, "max_tokens = 4"),
+        ({"rollout__max_response": 250}, r"rollout\.max_response=250 is \d+ tokens: expected at most .*256"),
+        ({"reward__overlong_buffer": 17}, r"reward\.overlong_buffer=17: expected 0 to rollout\.max_response=16"),
+        ({"reward__rule": "guess"}, r"reward\.rule='guess'"),
+        ({"reward__rule": "tests.tiny_rules:nothing"}, "nothing"),
+        ({"rollout__temperature": 0}, r"rollout\.temperature=0"),
+        ({"rollout__top_p": 0}, r"rollout\.top_p=0"),
+        ({"optim__lr": "nan"}, r"optim\.lr=nan"),
+        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"mesh__tensor": 3}, "mesh"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(place, changes, match):
+    with pytest.raises((ValueError, OSError), match=match):
+        prepare(arguments(place, place / "refused", **changes))
+    assert not (place / "refused").exists()
+
+
+def test_empty_problem_file(place):
+    (place / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: no rows"):
+        prepare(arguments(place, place / "refused", data__train=place / "empty.jsonl"))
+
+
+def test_recipe_file_and_flags(place):
+    recipe = place / "recipe.py"
+    recipe.write_text(
+        "from train.config import Config, ModelConfig, OptimConfig\n"
+        f"config = Config(steps=7, model=ModelConfig(path={str(place / 'model')!r}), optim=OptimConfig(lr=0.5))\n"
+    )
+    flags = arguments(place, place / "refused")
+    flags = flags[: flags.index("--optim.lr")] + flags[flags.index("--optim.lr") + 2 :]
+    job = prepare(["--config", str(recipe), *flags])
+    assert (job.config.optim.lr, job.config.steps) == (0.5, 4)
+    recipe.write_text("from train.config import Config\nconfig = Config(stepz=7)\n")
+    with pytest.raises(ValueError, match=r"recipe\.py: .*stepz"):
+        prepare(["--config", str(recipe)])
+
+
+def test_published_recipes_parse():
+    from rlvr_jax.program import read_config
+    from train.config import Config
+    from train.prepare import check_values
+    from train.sft import SFTConfig
+
+    for name, alpha, response in (("qwen2_5_math_7b", 0.2, 8192), ("qwen3_8b_base", 0.1, 20480)):
+        path = ROOT / "configs" / f"{name}.py"
+        config = read_config(Config, path)
+        check_values(config)
+        assert f"python -m train --config configs/{name}.py" in path.read_text()[:400]
+        algorithm = config.algorithm
+        assert (algorithm.reweight.kind, algorithm.reweight.alpha) == ("low_prob", alpha)
+        assert (config.rollout.max_response, config.data.max_prompt, config.rollout.n) == (response, 2048, 16)
+        assert (algorithm.train_batch, algorithm.mini_batch, config.rollout.generation_batch) == (512, 32, 1536)
+        assert (algorithm.clip_low, algorithm.clip_high, algorithm.clip_dual) == (0.2, 0.28, 10.0)
+        assert (config.optim.lr, config.optim.weight_decay, config.optim.warmup) == (1e-6, 0.1, 10)
+        assert (config.reward.overlong_buffer, config.eval.every, config.checkpoint.every) == (4096, 5, 10)
+        assert (config.eval.temperature, config.eval.top_p) == (1.0, 0.7)
+    assert read_config(SFTConfig, ROOT / "configs" / "sft.py").data
+
+
+def test_usage_errors_from_the_command_line(place):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    for extra, expected in ((["--optim.lrr", "1"], "lrr"), (["--rollout.n", "0"], "error: rollout.n=0")):
+        done = subprocess.run(
+            [sys.executable, "-m", "train", *arguments(place, place / "refused"), *extra],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2, done.stderr
+        assert expected in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
