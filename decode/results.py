@@ -72,9 +72,9 @@ class RowLog:
     def append(self, rows: Sequence[Row], timing: Timing | None = None) -> None:
         """Adds the rows that are not there yet; on return they are on disk."""
         new = [row for row in rows if (row.problem, row.sample) not in self.rows]
-        lines = [_line(dataclasses.asdict(row)) for row in new]
+        lines = [_line(vars(row)) for row in new]
         if timing is not None:
-            lines.append(_line({"timing": dataclasses.asdict(timing)}))
+            lines.append(_line({"timing": vars(timing)}))
             self.timings.append(timing)
         with open(self.path, "ab") as file:
             file.write(b"".join(lines))

@@ -238,7 +238,7 @@ class _SettingRun:
     def _publish(self, seed: int) -> None:
         inputs = self.job.inputs
         prompts = [(p.index, text, p.answer) for p, text in zip(inputs.problems, inputs.texts, strict=True)]
-        write_json(self.folder / f"seed{seed}.json", published(prompts, self.logs[seed].rows, self.plan.n))
+        write_json(self.folder / f"seed{seed}.json", published(prompts, self.logs[seed].rows, self.plan.n), indent=None)
 
 
 def _fired(generation: Generation | SelectiveGeneration, row: int, setting: Setting) -> dict[str, tuple]:

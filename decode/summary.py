@@ -39,7 +39,8 @@ def summarise(
     flat = [row for samples in table for row in samples]
     tokens = sum(row.length for row in flat)
     k = correct.shape[1]
-    low, high = bootstrap_interval(avg_per_problem(correct, k))
+    resamples = 10_000 if len(table) <= 1000 else 1000  # every one of them draws all problems
+    low, high = bootstrap_interval(avg_per_problem(correct, k), resamples=resamples)
     powers = [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
     warm = [timing for timing in timings if not timing.compiled] or list(timings)
     warm_seconds = sum(timing.seconds for timing in warm)

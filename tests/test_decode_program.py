@@ -1,191 +1,237 @@
-"""The batch decoding program: its configuration, its files, resume after a kill, and its one-sentence errors."""
+"""The batch decoding program as a whole: against the library, killed and resumed, and its one-sentence errors."""
 
 import dataclasses
 import json
-import re
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from decode.config import DecodeConfig, Setting, resolve
-from decode.results import Row, RowLog, Timing, TokenParts, check_resume, published, write_config
-from decode.summary import summarise, summary_table, write_summaries
+import decode.run
+from decode.config import DecodeConfig, MeshConfig, Setting
+from decode.summary import TIMINGS
+from rlvr_jax.data.text import load_tokenizer, stop_token_ids
+from rlvr_jax.decoding.selective import decode_selective
+from rlvr_jax.generation import language_model
+from rlvr_jax.models.hf import load_hf
+from rlvr_jax.program import run_program
+from tests.tiny import tiny_checkpoint, write_tiny_problems
 
-PAIR = DecodeConfig(base="b", rl="r", problems="p.jsonl", setting=Setting(criterion="delta_logp", tau=-0.3, gamma=0.05))
-
-
-def change(config: DecodeConfig, **values) -> DecodeConfig:
-    """`replace`, where the names of Setting change the single setting."""
-    inner = {key: values.pop(key) for key in list(values) if key in Setting.__dataclass_fields__}
-    setting = dataclasses.replace(values.pop("setting", config.setting), **inner)
-    return dataclasses.replace(config, setting=setting, **values)
-
-
-def row(problem: int, sample: int, **values) -> Row:
-    defaults = {"text": f"text {problem}.{sample} \n é \u2028", "correct": False, "prediction": None, "error": None}
-    return Row(problem, sample, **(defaults | {"length": 4, "finished": True} | values))
+DELTA = Setting("delta", "pair", "delta_logp", tau=-3.0, gamma=0.5, top_p=1.0)
+RL = Setting("rl", "rl")
 
 
-def test_a_single_setting_is_resolved():
-    (setting,) = resolve(PAIR).settings
-    assert setting == Setting("delta_logp_tau-0.3_gamma0.05_t1_p0.7", "pair", "delta_logp", -0.3, 0.05)
-    alone = DecodeConfig(rl="r", problems="p.jsonl")
-    assert resolve(alone).settings[0].model == "rl"
-    assert resolve(change(PAIR, criterion=None, tau=None, gamma=0.0, model="base")).settings[0].model == "base"
-    assert resolve(change(PAIR, criterion="none", tau=None)).settings[0].model == "pair"  # needs no threshold
-    assert resolve(resolve(PAIR)) == resolve(PAIR)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"base": None, "rl": None}, "no model"),
-        ({"problems": ""}, "--problems"),
-        ({"n": 0}, "n = 0: expected 1 or more"),
-        ({"max_new_tokens": 0}, "max_new_tokens = 0"),
-        ({"batch_rows": -1}, "batch_rows = -1"),
-        ({"limit": 0}, "limit = 0"),
-        ({"seeds": ()}, "seeds = ()"),
-        ({"seeds": (1, 1)}, "seeds = (1, 1)"),
-        ({"grader": "maths"}, "grader = 'maths': expected one of math_verify, dapo_answer"),
-        ({"tau": None}, "tau missing: criterion delta_logp needs a threshold"),
-        ({"tau": float("nan")}, "tau = nan"),
-        ({"gamma": float("inf")}, "gamma = inf"),
-        ({"criterion": "dlogp"}, "criterion = 'dlogp': expected one of delta_logp, "),
-        ({"criterion": None}, "criterion missing"),
-        ({"rl": None}, "model 'pair' needs --rl"),
-        ({"model": "rl"}, "belong to model 'pair'"),
-        ({"temperature": -1.0}, "temperature = -1.0"),
-        ({"top_p": 0.0}, "top_p = 0.0"),
-        ({"top_k": -1}, "top_k = -1"),
-        ({"top_logprobs": 0}, "top_logprobs = 0"),
-        ({"name": "../x"}, "setting name '../x'"),
-        ({"settings": (Setting("a", "rl"), Setting("a", "base")), "setting": Setting()}, "'a' occurs twice"),
-        ({"settings": (Setting("a", "rl"),)}, "--settings.0.tau"),
-    ],
-)
-def test_bad_values_are_named(values, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        resolve(change(PAIR, **values))
-
-
-def test_rows_survive_a_kill_in_the_middle_of_a_line(tmp_path):
-    path = tmp_path / "seed0.rows.jsonl"
-    rows = [row(0, 0), row(0, 1, fired=(2, 3), original=(5, 6), assistant=(None, 7), resampled=(5, 7)), row(1, 0)]
-    RowLog(path).append(rows, Timing(12, 0.5, True))
-    whole = path.read_bytes()
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in range(len(whole)):
-        path.write_bytes(whole[:cut])
-        log = RowLog(path)
-        kept = [end for end in ends if end <= cut]
-        assert list(log.rows.values()) == rows[: len(kept)]
-        assert path.read_bytes() == whole[: kept[-1] if kept else 0]
-        log.append(rows)
-        assert list(RowLog(path).rows.values()) == rows
-    path.write_bytes(whole)
-    assert RowLog(path).timings == [Timing(12, 0.5, True)]
-    path.write_bytes(b'{"problem": 0}\n' + whole)
-    with pytest.raises(ValueError, match=r"seed0.rows.jsonl, line 1: not a result row"):
-        RowLog(path)
-
-
-def test_the_published_format():
-    fired = row(7, 1, correct=True, fired=(0, 2), original=(5, 6), assistant=(8, None), resampled=(5, 9))
-    rows = {(7, 0): row(7, 0, length=3), (7, 1): fired, (7, 2): row(7, 2), (9, 0): row(9, 0), (9, 1): row(9, 1)}
-    got = json.loads(json.dumps(published([(7, "prompt 7", "42"), (9, "prompt 9", "1")], rows, 2)))
-    assert got[0] == {
-        "prompt": "prompt 7",
-        "gt": "42",
-        "generated_texts": [rows[7, 0].text, rows[7, 1].text],
-        "accs": [False, True],
-        "lengths": [3, 4],
-        "resample_rates": [0.0, 0.5],
-        "resample_infos": [
-            {},
-            {
-                "0": {"original": 5, "assistant": 8, "resampled": 5},
-                "2": {"original": 6, "assistant": None, "resampled": 9},
-            },
-        ],
-    }
-    assert [problem["prompt"] for problem in got] == ["prompt 7", "prompt 9"]
-
-
-def test_token_parts_merge_once_in_order(tmp_path):
-    def tokens(seed, problem, sample):
-        values = [seed, problem, sample][: sample + 1]
-        return {
-            **{"seed": seed, "problem": problem, "sample": sample, "tokens": values},
-            **{"logp": [-0.5] * len(values), "delta_logp": [0.25] * len(values), "fired": [True] * len(values)},
-        }
-
-    TokenParts(tmp_path).add([tokens(1, 0, 0), tokens(0, 2, 1)])
-    TokenParts(tmp_path).add([tokens(0, 2, 1), tokens(0, 1, 2)])
-    TokenParts(tmp_path).assemble()
-    TokenParts(tmp_path).add([tokens(0, 0, 0)])
-    TokenParts(tmp_path).assemble()
-    TokenParts(tmp_path).assemble()
-    table = pq.read_table(tmp_path / "tokens.parquet").to_pylist()
-    assert table == [tokens(0, 0, 0), tokens(0, 1, 2), tokens(0, 2, 1), tokens(1, 0, 0)]
-    assert [path.name for path in tmp_path.iterdir()] == ["tokens.parquet"]
-
-
-def test_another_config_in_the_same_folder_is_named(tmp_path):
-    config, inputs = resolve(PAIR), {"rl model": "1", "problem file": "2"}
-    check_resume(tmp_path, config, inputs)
-    write_config(tmp_path, config, inputs)
-    write_config(tmp_path, config, {"problem file": "2"})  # a run that does not load rl keeps what is known of it
-    added = dataclasses.replace(config, settings=(*config.settings, Setting("rl", "rl")))
-    for harmless in (config, added, change(config, batch_rows=3, seeds=(5, 6), limit=1)):
-        check_resume(tmp_path, harmless, inputs)
-    (setting,) = config.settings
-    with pytest.raises(ValueError, match="n = 4, now n = 8"):
-        check_resume(tmp_path, change(config, n=8), inputs)
-    with pytest.raises(ValueError, match=r"rl = '.*/r', now rl = '.*/q'"):
-        check_resume(tmp_path, change(config, rl="q"), inputs)
-    with pytest.raises(ValueError, match="another rl model"):
-        check_resume(tmp_path, config, inputs | {"rl model": "3"})
-    with pytest.raises(ValueError, match=r"setting 'delta.*', gamma = 0.05, now .* gamma = 0.5"):
-        check_resume(tmp_path, change(config, settings=(dataclasses.replace(setting, gamma=0.5),)), inputs)
-
-
-def test_the_summary_counts_by_hand(tmp_path):
-    fired = {"fired": (0, 1, 2), "original": (5, 6, 7), "assistant": (None,) * 3, "resampled": (5, 6, 8)}
-    seeds = [
-        {
-            (3, 0): row(3, 0, correct=True, prediction="1", length=10, **fired),
-            (3, 1): row(3, 1, prediction="2", length=20, finished=False),
-            (4, 0): row(4, 0, error="time"),
-            (4, 1): row(4, 1),
-        },
-        {
-            (3, 0): row(3, 0, correct=True, prediction="1", length=6),
-            (3, 1): row(3, 1, correct=True, prediction="1"),
-            (4, 0): row(4, 0, correct=True, prediction="9"),
-            (4, 1): row(4, 1, length=48),
-        },
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> DecodeConfig:
+    """A pair of models and 6 problems, one of them listed twice; 7 responses at a time."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for seed, role in enumerate(("base", "rl")):
+        tiny_checkpoint(folder / role, seed=seed, num_layers=1)
+    rows = [
+        {"id": f"q{i}", "problem": f" {i}+{i * i} ", "answer": str((i + i * i) % 10)} for i in (0, 1, 2, 2, 3, 4, 5)
     ]
-    timings = [Timing(50, 5.0, True), Timing(40, 2.0, False), Timing(10, 0.5, False)]
-    got = summarise(Setting("x"), seeds, [3, 4], 2, timings)
-    assert got["problems"] == 2
-    assert got["k"] == 4
-    assert got["avg_at_k"] == pytest.approx(0.5)  # (3/4 + 1/4) / 2
-    assert got["pass_at_k"] == pytest.approx({"1": 0.5, "2": (1 + 1 / 2) / 2, "4": 1.0})
-    assert got["tokens"] == 100
-    assert got["mean_length"] == 12.5
-    assert got["share_selected"] == pytest.approx(0.03)
-    assert got["share_changed"] == pytest.approx(0.01)
-    assert got["share_finished"] == 7 / 8
-    assert got["grading_errors"] == 1
-    assert got["seconds"] == 7.5
-    assert got["tokens_per_second"] == 20.0
-    assert 0 <= got["interval"][0] <= 0.5 <= got["interval"][1] <= 1
-    write_summaries(tmp_path, [got, got | {"setting": "y"}])
-    assert json.loads((tmp_path / "summary.json").read_text())[0] == got
-    lines = (tmp_path / "summary.csv").read_text().splitlines()
-    assert len(lines) == 3
-    assert dict(zip(lines[0].split(","), lines[2].split(","), strict=True))["pass_at_4"] == "1.0"
-    assert summary_table([got]).row_count == 1
-    assert np.isfinite(got["maj_at_k"])
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DecodeConfig(
+        **{"base": str(folder / "base"), "rl": str(folder / "rl"), "problems": str(folder / "problems.jsonl")},
+        **{"seeds": (0, 3), "n": 3, "max_new_tokens": 24, "batch_rows": 7, "prompt_suffix": "="},
+        **{"settings": (DELTA, RL), "grader": "tests.tiny_pair:contains_answer", "mesh": MeshConfig(1, 1, 1)},
+        **{"save_tokens": True, "grader_workers": 1},
+    )
+
+
+@pytest.fixture(scope="module")
+def done(job, tmp_path_factory) -> DecodeConfig:
+    """The same, finished."""
+    config = dataclasses.replace(job, out=str(tmp_path_factory.mktemp("out")))
+    decode.run.run(decode.run.check(config))
+    return config
+
+
+def results(config: DecodeConfig) -> dict[str, object]:
+    """Everything a run leaves that must not depend on how it came about."""
+    out, found = Path(config.out), {}
+    for path in sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        if path.suffix == ".parquet" or (path.suffix == ".json" and path.name.startswith("seed")):
+            found[name] = path.read_bytes()
+        elif path.name == "summary.json":
+            records = json.loads(path.read_text())
+            records = records if isinstance(records, list) else [records]
+            found[name] = [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
+        elif path.suffix == ".jsonl":
+            found[name] = sorted(line for line in path.read_text().splitlines() if "timing" not in line)
+    return found
+
+
+def test_a_run_equals_the_library(job, done):
+    tokenizer = load_tokenizer(job.rl)
+    (published_rows, rl_rows) = (
+        json.loads((Path(done.out) / name / "seed3.json").read_text()) for name in ("delta", "rl")
+    )
+    assert [row["gt"] for row in published_rows] == ["0", "2", "6", "2", "0", "0"]
+    assert published_rows[1]["prompt"] == "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
+    loaded = [load_hf(path, dtype="float32") for path in (job.base, job.rl)]
+    models = tuple(language_model(dataclasses.replace(config, dtype="float32")) for config, _ in loaded)
+    params = tuple(params for _, params in loaded)
+    at = 3  # the problem in row 4 of the file
+    alone = decode_selective(
+        models, params, [tokenizer.encode(published_rows[at]["prompt"])], criterion="delta_logp", tau=-3.0, gamma=0.5,
+        max_new_tokens=24, n=2, seed=3, problem_ids=[4], sample_ids=[2, 1],
+        stop_tokens=stop_token_ids(tokenizer, job.rl),
+    )  # fmt: skip
+    for row, sample in enumerate((2, 1)):
+        length = int(alone.lengths[row])
+        ids, proposed = alone.tokens[row, :length].tolist(), alone.sampled_token[row].tolist()
+        fired = alone.fired[row].nonzero()[0].tolist()
+        got = {key: published_rows[at][key][sample] for key in published_rows[at] if key not in ("prompt", "gt")}
+        assert got == {
+            "generated_texts": tokenizer.decode(ids, skip_special_tokens=False),
+            "accs": "2" in tokenizer.decode(ids, skip_special_tokens=True),
+            "lengths": length,
+            "resample_rates": len(fired) / length,
+            "resample_infos": {
+                str(i): {"original": proposed[i], "assistant": None, "resampled": ids[i]} for i in fired
+            },
+        }
+    assert 0 < published_rows[at]["resample_rates"][1] < 1
+    assert rl_rows[0]["resample_infos"] == [{}, {}, {}]
+    table = pq.read_table(Path(done.out) / "delta" / "tokens.parquet").to_pylist()
+    assert len(table) == 2 * 6 * 3
+    (row,) = [row for row in table if (row["seed"], row["problem"], row["sample"]) == (3, 4, 1)]
+    assert row["tokens"] == alone.tokens[1, : alone.lengths[1]].tolist()
+    assert row["delta_logp"] == pytest.approx(alone.delta_logp[1, : alone.lengths[1]].tolist(), abs=1e-4)
+    assert sum(row["fired"]) == len(fired)
+    assert "delta_logp" not in pq.read_table(Path(done.out) / "rl" / "tokens.parquet").column_names
+    summary = json.loads((Path(done.out) / "summary.json").read_text())
+    assert [record["setting"] for record in summary] == ["delta", "rl"]
+    assert summary[0]["tokens"] == sum(map(len, (row["tokens"] for row in table)))
+    assert json.loads((Path(done.out) / "config.json").read_text())["settings"][0]["tau"] == -3.0
+
+
+def test_results_do_not_depend_on_the_batch(done, tmp_path):
+    other = dataclasses.replace(done, out=str(tmp_path), batch_rows=2, settings=(RL,))
+    decode.run.run(decode.run.check(other))
+    got = results(other)
+    assert got.pop("summary.json") == results(done)["summary.json"][1:]
+    for name in ("rl/seed0.json", "rl/seed3.json", "rl/summary.json", "rl/seed3.rows.jsonl"):
+        assert got[name] == results(done)[name]
+
+
+def test_a_finished_run_is_not_decoded_again(done, monkeypatch):
+    before = results(done)
+    monkeypatch.setattr(decode.run, "load_hf", None)
+    (Path(done.out) / "rl" / "seed3.json").unlink()
+    decode.run.run(decode.run.check(dataclasses.replace(done, batch_rows=64)))
+    assert results(done) == before
+
+
+def test_a_half_written_batch_is_done_again(done, tmp_path):
+    """All but one row of one batch and half of that row are on disk, and the published file is not."""
+    config = dataclasses.replace(done, out=str(tmp_path / "copy"), settings=(RL,))
+    subprocess.run(["cp", "-r", done.out, config.out], check=True)
+    log = Path(config.out) / "rl" / "seed3.rows.jsonl"
+    log.write_bytes(b"\n".join(log.read_bytes().split(b"\n")[:-4])[:-20])
+    (Path(config.out) / "rl" / "seed3.json").unlink()
+    decode.run.run(decode.run.check(config))
+    expected = results(done)
+    got = results(config)
+    assert got == expected | {"summary.json": expected["summary.json"][1:]}
+
+
+def test_killed_at_any_moment_and_resumed(job, tmp_path):
+    write_tiny_problems(tmp_path / "problems.jsonl", 40)
+    job = dataclasses.replace(job, problems=str(tmp_path / "problems.jsonl"), settings=(RL, DELTA))
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+    def start(out: str) -> subprocess.Popen:
+        config = dataclasses.replace(job, out=str(tmp_path / out))
+        recipe = tmp_path / f"{out}.py"
+        recipe.write_text(f"from decode.config import *\nconfig = {config!r}\n")
+        command = [sys.executable, "-m", "decode", "--config", str(recipe)]
+        return subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent)
+
+    assert start("whole").wait() == 0
+    for log in ("rl/seed3", "delta/seed0"):
+        process, path = start("killed"), tmp_path / "killed" / f"{log}.rows.jsonl"
+        while process.poll() is None and not (path.exists() and path.stat().st_size > 3000):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+        assert not (tmp_path / "killed" / f"{log}.json").exists()
+    assert start("killed").wait() == 0
+    got, expected = (results(dataclasses.replace(job, out=str(tmp_path / out))) for out in ("killed", "whole"))
+    assert got.keys() == expected.keys()
+    assert got == expected
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+def fails(monkeypatch, capsys, *words: object) -> tuple[int, str]:
+    """Exit code and error text of the program."""
+    monkeypatch.setattr(sys, "argv", ["decode", *map(str, words)])
+    try:
+        code = run_program(decode.run.prepare, decode.run.run)
+    except SystemExit as error:
+        code = error.code
+    return code, capsys.readouterr().err
+
+
+def test_bad_input_ends_with_one_sentence(job, tmp_path, monkeypatch, capsys):
+    tiny_checkpoint(tmp_path / "wide", vocab_size=56)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "bad.py").write_text("from decode.config import *\nconfig = DecodeConfig(basis='x')\n")
+    (tmp_path / "other").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "other" / name).write_bytes((Path(job.base) / name).read_bytes())
+    tokenizer = (
+        (Path(job.base) / "tokenizer.json").read_text().replace('"+":10', '"~":10').replace('"+": 10', '"~": 10')
+    )
+    (tmp_path / "other" / "tokenizer.json").write_text(tokenizer)
+    pair = ("--base", job.base, "--rl", job.rl, "--criterion", "delta_logp", "--tau", "-0.3", "--max-new-tokens", 20)
+    good = (*pair, "--problems", job.problems, "--out", tmp_path / "out")
+    for words, message in [
+        ((*good, "--taus", "1"), "--taus"),
+        (("--config", tmp_path / "bad.py"), "unexpected keyword argument 'basis'"),
+        (("--config", tmp_path / "none.py"), "none.py: no such file"),
+        ((*good, "--n", "0"), "n = 0: expected 1 or more"),
+        ((*good, "--tau", "None"), "tau missing"),
+        ((*good, "--base", tmp_path / "none"), "base = "),
+        ((*good, "--base", tmp_path), "no .safetensors file"),
+        ((*good, "--problems", tmp_path / "none.jsonl"), "none.jsonl"),
+        ((*good, "--problems", tmp_path / "empty.jsonl"), "empty.jsonl"),
+        ((*good, "--base", tmp_path / "wide"), "vocabulary mismatch: base has 56 tokens, rl has 48"),
+        ((*good, "--base", tmp_path / "other"), "vocabulary mismatch: token 10 is '+' in "),
+        ((*good, "--max-prompt-tokens", "9"), "problem 'q0' of "),
+        ((*good, "--max-new-tokens", "250"), "max_position_embeddings"),
+        ((*good, "--grader", "tests.tiny_pair:nothing"), "tests.tiny_pair:nothing"),
+        ((*good, "--stop-token-ids", "48"), "stop_token_ids: 48"),
+        ((*good, "--mesh.data", "3"), "mesh"),
+    ]:
+        code, error = fails(monkeypatch, capsys, *words)
+        assert (code, message in " ".join(error.split())) == (2, True), f"{words}: {code}, {error}"
+        assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_ends_with_one_sentence(job, tmp_path, monkeypatch, capsys):
+    tiny_checkpoint(tmp_path / "cut", seed=2)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    words = ("--rl", tmp_path / "cut", "--problems", job.problems, "--out", tmp_path / "out", "--max-new-tokens", 20)
+    code, error = fails(monkeypatch, capsys, *words)
+    assert code == 1
+    assert "model.safetensors" in error
+
+
+def test_two_runs_cannot_share_a_folder(done, monkeypatch, capsys):
+    held = decode.run.check(done)
+    with held.lock, pytest.raises(ValueError, match="another decoding run is writing"):
+        decode.run.check(done)
+    decode.run.check(done).lock.__exit__(None, None, None)
