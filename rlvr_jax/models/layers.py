@@ -45,8 +45,9 @@ def rope_frequencies(head_dim: int, theta: float, yarn: YarnConfig | None) -> tu
       float32 [H / 2] frequencies in radians a token, and the factor (1.0 without YaRN).
     """
     half = head_dim // 2
-    # float32 like the reference, so that far positions turn by the same angle.
-    wavelengths = np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    # The exponent rounded to float32 and the power once more: the reference's bits, which far positions need.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    wavelengths = np.power(float(theta), exponents.astype(np.float64)).astype(np.float32)
     plain = (1.0 / wavelengths).astype(np.float32)
     if yarn is None:
         return plain, 1.0
