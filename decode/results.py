@@ -100,7 +100,8 @@ class RowLog:
         if "timing" in record:
             self.timings.append(Timing(**record["timing"]))
             return
-        row = Row(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
+        fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in record.items()}
+        row = Row(**fields)
         self.rows.setdefault((row.problem, row.sample), row)
 
 
@@ -190,12 +191,13 @@ def lock(folder: Path) -> contextlib.AbstractContextManager[Any]:
       ValueError: another run writes to the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = contextlib.closing(open(folder / ".lock", "w"))  # noqa: SIM115
+    file = open(folder / ".lock", "w")  # noqa: SIM115
     try:
-        fcntl.flock(held.thing, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        file.close()
         raise ValueError(f"out = {folder}: another decoding run is writing to this folder") from error
-    return held
+    return contextlib.closing(file)
 
 
 def check_resume(folder: Path, config: DecodeConfig, inputs: dict[str, str]) -> None:

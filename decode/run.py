@@ -32,6 +32,7 @@ from rlvr_jax.rewards.pool import RULES, GraderPool
 from rlvr_jax.sharding import make_mesh
 
 Models = dict[str, tuple[LanguageModel, Any]]
+Responses = Generation | SelectiveGeneration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +72,11 @@ def check(config: DecodeConfig) -> Job:
     return Job(config, inputs, mesh, held)
 
 
-def run(job: Job) -> list[dict[str, Any]]:
-    """Does the job and gives the summaries, one a setting. Raises RunError for what ends a run."""
+def run(job: Job) -> None:
+    """Does the job: decodes, grades, writes, summarises. Raises RunError for what ends a run."""
     try:
         with job.lock:
-            return _run(job)
+            _run(job)
     except KeyboardInterrupt as error:
         raise RunError("interrupted; the same command goes on where this run stopped") from error
     except OSError as error:
@@ -89,7 +90,7 @@ def run(job: Job) -> list[dict[str, Any]]:
         ) from error
 
 
-def _run(job: Job) -> list[dict[str, Any]]:
+def _run(job: Job) -> None:
     config, out = job.config, job.out
     write_config(out, config, job.inputs.fingerprints)
     batches = plan(len(job.inputs.problems), config.n, config.batch_rows)
@@ -108,7 +109,6 @@ def _run(job: Job) -> list[dict[str, Any]]:
     screen = Console(width=None if sys.stdout.isatty() else 140)
     screen.print(summary_table(summaries))
     screen.print(f"results: {out}", markup=False, highlight=False, soft_wrap=True)
-    return summaries
 
 
 def _mesh(sizes: MeshConfig) -> Mesh | None:
@@ -173,9 +173,7 @@ class _SettingRun:
         write_json(self.folder / "summary.json", summary)
         return summary
 
-    def _generate(
-        self, models: Models, seed: int, batch: Sequence[Unit], on_chunk: OnChunk
-    ) -> Generation | SelectiveGeneration:
+    def _generate(self, models: Models, seed: int, batch: Sequence[Unit], on_chunk: OnChunk) -> Responses:
         config, inputs, setting = self.job.config, self.job.inputs, self.setting
         units = self.plan.filled(batch)
         prompts = [inputs.prompts[unit.place] for unit in units]
@@ -209,7 +207,7 @@ class _SettingRun:
             **common,
         )
 
-    def _rows(self, generation: Generation, kept: list[tuple[int, int, int]], pool: GraderPool) -> list[Row]:
+    def _rows(self, generation: Responses, kept: list[tuple[int, int, int]], pool: GraderPool) -> list[Row]:
         inputs = self.job.inputs
         ids = [generation.tokens[row, : generation.lengths[row]].tolist() for row, _, _ in kept]
         texts = inputs.tokenizer.batch_decode(ids, skip_special_tokens=False)
@@ -241,7 +239,7 @@ class _SettingRun:
         write_json(self.folder / f"seed{seed}.json", published(prompts, self.logs[seed].rows, self.plan.n), indent=None)
 
 
-def _fired(generation: Generation | SelectiveGeneration, row: int, setting: Setting) -> dict[str, tuple]:
+def _fired(generation: Responses, row: int, setting: Setting) -> dict[str, tuple]:
     """Where the criterion fired in a row, and the token ids there."""
     if not isinstance(generation, SelectiveGeneration):
         return {}
@@ -257,9 +255,7 @@ def _fired(generation: Generation | SelectiveGeneration, row: int, setting: Sett
     }
 
 
-def _token_row(
-    generation: Generation | SelectiveGeneration, row: int, seed: int, problem: int, sample: int
-) -> dict[str, Any]:
+def _token_row(generation: Responses, row: int, seed: int, problem: int, sample: int) -> dict[str, Any]:
     """One row of tokens.parquet."""
     keys = (
         ("tokens", "logp", "delta_logp", "fired") if isinstance(generation, SelectiveGeneration) else ("tokens", "logp")
@@ -275,7 +271,7 @@ class _CompilationCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.count += event.endswith("backend_compile_duration")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +12,7 @@ from decode.batches import Unit, plan
 from decode.config import DecodeConfig, Setting, resolve
 from decode.results import Row, RowLog, Timing, TokenParts, check_resume, published, write_config
 from decode.summary import summarise, summary_table, write_summaries
+from rlvr_jax.program import read_config
 
 PAIR = DecodeConfig(base="b", rl="r", problems="p.jsonl", setting=Setting(criterion="delta_logp", tau=-0.3, gamma=0.05))
 
@@ -35,6 +37,19 @@ def test_a_single_setting_is_resolved():
     assert resolve(change(PAIR, criterion=None, tau=None, gamma=0.0, model="base")).settings[0].model == "base"
     assert resolve(change(PAIR, criterion="none", tau=None)).settings[0].model == "pair"  # needs no threshold
     assert resolve(resolve(PAIR)) == resolve(PAIR)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tau", "gamma"), [("dapo_32b", -0.3, 0.05), ("orz_32b", -0.4, 0.1), ("unireason_14b", -0.35, 0.1)]
+)
+def test_the_published_recipes(recipe, tau, gamma):
+    config = resolve(read_config(DecodeConfig, Path(__file__).parent.parent / "configs" / f"decode_{recipe}.py"))
+    extrapolate, replace = config.settings[:2]
+    assert (extrapolate.criterion, extrapolate.tau, extrapolate.gamma) == ("delta_logp", tau, gamma)
+    assert replace == dataclasses.replace(extrapolate, name="replace", gamma=0.0)
+    assert (extrapolate.sample_from, extrapolate.temperature, extrapolate.top_p) == ("base", 1.0, 0.7)
+    assert (len(config.seeds), config.n, config.max_new_tokens) == (8, 4, 20_000)
+    assert config.prompt_suffix.endswith("final answer within \\boxed{}.")
 
 
 @pytest.mark.parametrize(
