@@ -220,22 +220,21 @@ class _TopList:
         self.logp_BV = logp_BV
         self.values_BK, self.ids_BK = jax.lax.top_k(logp_BV, min(k, logp_BV.shape[-1]))
         self.least_B1 = self.cut_B1 = self.values_BK[:, -1:]
-        self.token_B1 = None
         if token_B is not None:
-            self.token_B1 = jnp.asarray(token_B)[:, None]
-            drawn_B1 = jnp.take_along_axis(logp_BV, self.token_B1, axis=-1)
-            listed_B1 = jnp.any(self.ids_BK == self.token_B1, axis=-1, keepdims=True)
-            self.ids_BK = jnp.concatenate([self.ids_BK, self.token_B1.astype(self.ids_BK.dtype)], axis=-1)
+            token_B1 = jnp.asarray(token_B)[:, None].astype(self.ids_BK.dtype)
+            drawn_B1 = jnp.take_along_axis(logp_BV, token_B1, axis=-1)
+            listed_B1 = jnp.any(self.ids_BK == token_B1, axis=-1, keepdims=True)
+            self.ids_BK = jnp.concatenate([self.ids_BK, token_B1], axis=-1)
             self.values_BK = jnp.concatenate([self.values_BK, jnp.where(listed_B1, -jnp.inf, drawn_B1)], axis=-1)
             self.least_B1 = jnp.where(listed_B1, self.cut_B1, drawn_B1)
 
     def lookup(self, ids_BK: jax.Array) -> jax.Array:
-        """The listed log-probability of each id, the list's minimum for an id that is not in it."""
+        """The listed log-probability of each id, the list's minimum for an id that is not in it.
+
+        The drawn token, when it is not among the k best, is itself that minimum.
+        """
         logp_BK = jnp.take_along_axis(self.logp_BV, ids_BK, axis=-1)
-        listed_BK = logp_BK >= self.cut_B1
-        if self.token_B1 is not None:
-            listed_BK |= ids_BK == self.token_B1
-        return jnp.where(listed_BK, logp_BK, self.least_B1)
+        return jnp.where(logp_BK >= self.cut_B1, logp_BK, self.least_B1)
 
 
 def _published_value(criterion: str, base, rl, token_B, k: int, sample_from: str) -> jax.Array:

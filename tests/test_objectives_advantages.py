@@ -92,7 +92,13 @@ def test_order_of_rows_does_not_matter_and_ids_out_of_range_show(run):
     np.testing.assert_array_equal(np.isnan(got), [False, False, True])
 
 
-def test_integer_scores_and_shape_mismatch():
+def test_ids_that_would_be_cut_to_32_bits_are_refused():
+    with pytest.raises(ValueError, match="group_B holds ids up to 4294967296"):
+        group_advantages(np.ones(2, np.float32), np.array([0, 2**32]))
+
+
+def test_integer_scores_no_scores_and_shape_mismatch():
+    assert group_advantages(np.zeros(0, np.float32), np.zeros(0, int)).shape == (0,)
     assert group_advantages(jnp.array([1, 0]), jnp.array([3, 3])).dtype == jnp.float32
     with pytest.raises(ValueError, match="group_B has shape"):
         inspect.unwrap(group_advantages)(np.zeros(3, np.float32), np.zeros(2, int))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from rlvr_jax.direction import widen
@@ -23,7 +24,7 @@ def group_advantages(
     group and gets 0. A group of one has mean 0 and std 1, so it keeps its score. A group whose scores are all equal
     gets exactly 0. `normalize_by_std=False` leaves out the division (Dr. GRPO, 2503.20783).
     """
-    scores_B, group_B = widen(scores_B), jnp.asarray(group_B)
+    scores_B, group_B = widen(scores_B), group_ids(group_B)
     if scores_B.shape != group_B.shape:
         raise ValueError(f"group_B has shape {group_B.shape}: expected {scores_B.shape}, as scores_B")
     counted_B = group_B >= 0
@@ -34,6 +35,16 @@ def group_advantages(
         std_B = jnp.sqrt(sum_squares_B / jnp.maximum(count_B - 1, 1))
         centred_B = centred_B / (jnp.where(alone_B, 1.0, std_B) + epsilon)
     return jnp.where(counted_B, centred_B, 0.0)
+
+
+def group_ids(group_B: Int[Array, " B"]) -> Int[jax.Array, " B"]:
+    """The ids as a jax array; refuses 64-bit ids (hashes) that its integers would silently cut down and mix up."""
+    ids_B = jnp.asarray(group_B)
+    if isinstance(group_B, np.ndarray) and not np.array_equal(np.asarray(ids_B), group_B):
+        raise ValueError(
+            f"group_B holds ids up to {group_B.max()}: expected ids that fit {ids_B.dtype}, so number them"
+        )
+    return ids_B
 
 
 def group_deviations(
@@ -63,6 +74,7 @@ def group_deviations(
     centred_B = centred_B - total(centred_B) / safe_count_B  # takes out the rounding of the first mean
     highest_B = _spread(jax.ops.segment_max(values_B, segment_B, num_segments=segments + 1), segment_B)
     lowest_B = _spread(jax.ops.segment_min(values_B, segment_B, num_segments=segments + 1), segment_B)
+    # The second pass leaves exact zeros already where division rounds correctly; not every accelerator's does.
     centred_B = jnp.where(highest_B == lowest_B, 0.0, centred_B)
     return centred_B, total(centred_B**2), count_B
 

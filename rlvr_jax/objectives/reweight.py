@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from rlvr_jax.objectives.advantages import group_deviations
+from rlvr_jax.objectives.advantages import group_deviations, group_ids
 from rlvr_jax.objectives.masks import Mask, masked, require_same_shape
 from rlvr_jax.typing import Array, Float, Int
 
@@ -114,7 +114,7 @@ def _weights(kind: str, logp_BT, counted_BT, alpha, group_B, key) -> jax.Array:
         return jnp.broadcast_to((1 - alpha * nll_B)[:, None], p_BT.shape)
     if group_B is None:
         raise ValueError(f"group_B=None: re-weighting {kind!r} compares the responses of a prompt")
-    group_B = jnp.asarray(group_B)
+    group_B = group_ids(group_B)
     centred_B, sum_squares_B, count_B = group_deviations(nll_B, group_B, (length_B > 0) & (group_B >= 0))
     z_B = centred_B / (jnp.sqrt(sum_squares_B / jnp.maximum(count_B, 1)) + 1e-6)
     weight_B = 1 - alpha * jnp.where((length_B > 0) & (group_B >= 0), z_B, 0.0)
