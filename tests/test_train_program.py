@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.text import load_tokenizer
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import hidden_states, logits
 from rlvr_jax.program import run_program
-from tests.tiny import tiny_checkpoint, write_tiny_problems
+from tests.tiny import compiled_once, tiny_checkpoint, write_tiny_problems
 from train.loop import run
 from train.metrics import MetricLog
 from train.prepare import prepare
@@ -30,24 +29,12 @@ TIMES = {"seconds", "seconds_rollout", "seconds_grade", "seconds_train", "rollou
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Model and problems; the programs of one test's run are read back by the next one's from a cache on disk."""
     path = tmp_path_factory.mktemp("train")
     tiny_checkpoint(path / "model")
     write_tiny_problems(path / "train.jsonl", 40)
     write_tiny_problems(path / "val.jsonl", 8)
-    options = {
-        "jax_compilation_cache_dir": str(path / "cache"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield path
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with compiled_once(path / "cache"):
+        yield path
 
 
 def arguments(place, run_dir, **changes):

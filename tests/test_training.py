@@ -234,6 +234,30 @@ def test_dapo_step_does_not_depend_on_the_mesh(one_device, mesh, micro_batches):
     assert_same(dapo_update(mesh, micro_batches, PAPER), one_device)
 
 
+def test_dapo_loss_is_the_formula_in_float64(one_device):
+    """Group advantages, 1 + a (1 - p), the two clips and the mean over all tokens, from whole logits."""
+    tokens, mask, response, group, score = dapo_rows()
+    config = tiny_config()
+    params = init_params(config, jax.random.key(0))
+    hidden, unembed = model_apply(config)(params, tokens, None, mask)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(unembed, np.float64)
+    logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    logp = np.take_along_axis(logp[:, P - 1 : -1], tokens[:, P:, None], axis=-1)[..., 0]
+    old_logp = logp - 0.3 * np.sin(np.arange(R))
+    total = 0.0
+    for row in range(N - 4):
+        others = score[group == group[row]]
+        advantage = (score[row] - others.mean()) / (others.std(ddof=1) + 1e-6)
+        for t in range(response[row].sum()):
+            a = advantage * (1 + 0.5 * (1 - np.exp(old_logp[row, t])))
+            ratio = np.exp(logp[row, t] - old_logp[row, t])
+            value = max(-a * ratio, -a * np.clip(ratio, 0.8, 1.28))
+            total += min(value, -a * 10) if a < 0 else value
+    np.testing.assert_allclose(one_device[2]["loss"], total / response.sum(), rtol=2e-5)
+    assert one_device[2]["weight"] == response.sum()
+    assert one_device[2]["clip_fraction_high"] + one_device[2]["clip_fraction_low"] > 0.05
+
+
 def test_reweighting_enters_the_step(one_device):
     plain = dapo_update(None, 1, AlgorithmConfig(train_batch=GROUPS))
     weight = one_device[0][:12] / np.where(plain[0][:12] == 0, 1, plain[0][:12])

@@ -1,10 +1,13 @@
 """A model folder, a tokenizer and problems small enough for tests, in the real formats."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -73,3 +76,23 @@ def write_tiny_problems(path: str | Path, count: int, *, answer: str | None = No
         for i in range(count)
     ]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def compiled_once(folder: str | Path) -> Iterator[None]:
+    """Inside, a program that one run compiled is read back by the next run from a cache in `folder`."""
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    try:
+        for name, value in options.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

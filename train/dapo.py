@@ -151,7 +151,7 @@ def make_loss(algorithm: AlgorithmConfig, *, chunk: int) -> Callable[..., tuple]
     return loss_fn
 
 
-def scalars(algorithm: AlgorithmConfig, temperature: float) -> dict[str, np.ndarray]:
+def scalars(algorithm: AlgorithmConfig, temperature: float) -> dict[str, np.float32]:
     """The batch's scalars. They are arguments of the compiled step, so another value compiles nothing."""
     values = {
         "temperature": temperature,

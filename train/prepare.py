@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -183,7 +184,7 @@ def read_model_config(
     what: str,
 ) -> QwenConfig:
     """The architecture of a folder (or config.json) with the run's choices; `what` of `longest` tokens must fit."""
-    overrides = {"remat": remat, "dtype": resolved_dtype(compute_dtype)}
+    overrides: dict[str, Any] = {"remat": remat, "dtype": resolved_dtype(compute_dtype)}
     if max_position_embeddings is not None:
         overrides["max_position_embeddings"] = max_position_embeddings
     config = QwenConfig.from_hf(folder, **overrides)

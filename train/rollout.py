@@ -250,7 +250,8 @@ class Collector:
             rows = {name: arrays[name][row : row + n] for name in ("lengths", "finished", "correct")}
             longest = int(rows["lengths"].max())
             cells = {name: arrays[name][at : at + n * longest].reshape(n, longest) for name in ("tokens", "logp")}
-            self._carried.append(Group(**group | {"predictions": tuple(group["predictions"])}, **rows, **cells))
+            fields: dict[str, Any] = group | rows | cells | {"predictions": tuple(group["predictions"])}
+            self._carried.append(Group(**fields))
             row, at = row + n, at + n * longest
 
 

@@ -29,7 +29,6 @@ from rlvr_jax.files import write_json
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import checkpoint_folder, load_hf
 from rlvr_jax.models.qwen import init_params, param_axes
-from rlvr_jax.objectives.logprobs import chunked_logprobs
 from rlvr_jax.objectives.policy import aggregate
 from rlvr_jax.program import RunError, config_dict, console, parse_config, run_program
 from rlvr_jax.sharding import ShardingRules
@@ -42,7 +41,7 @@ from rlvr_jax.training import (
     with_learning_rate,
 )
 from train.config import CheckpointConfig, MeshConfig
-from train.dapo import Apply, model_apply
+from train.dapo import Apply, model_apply, response_logprobs
 from train.export import export
 from train.metrics import Display, MetricLog
 from train.prepare import mesh_for, read_model_config, resumable
@@ -196,8 +195,8 @@ def make_loss(chunk: int) -> Any:
 
     def loss_fn(apply: Apply, params: Any, batch: dict) -> tuple:
         mask_BT = batch["loss_mask_BT"]
-        hidden_BTD, unembed_DV = apply(params, batch["tokens_BT"], None, (mask_BT >= 0).astype(jnp.int32))
-        logp_BT = chunked_logprobs(hidden_BTD[:, :-1], unembed_DV, batch["tokens_BT"][:, 1:], chunk=chunk)
+        tokens_BT, present_BT = batch["tokens_BT"], (mask_BT >= 0).astype(jnp.int32)
+        logp_BT = response_logprobs(apply, params, tokens_BT, present_BT, tokens_BT.shape[1] - 1, chunk=chunk)
         return aggregate(-logp_BT, (mask_BT[:, 1:] > 0).astype(jnp.int32)), {}
 
     return loss_fn
