@@ -85,7 +85,7 @@ def summary_table(summaries: Sequence[dict[str, Any]]) -> Table:
     k = str(ks.pop()) if len(ks) == 1 else "k"
     title = f"{summaries[0]['problems']} problems, {k} samples each; shares in %"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("setting", overflow="fold")
+    table.add_column("setting", overflow="fold", min_width=20)
     for heading in (f"Avg@{k}", "95% int.", f"Pass@{k}", f"maj@{k}", "select", "change", "length", "ended", "tok/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich.table import Table
 
+from decode.summary import summary_table
 from demo import figure, study, task
 from rlvr_jax.files import atomic_path
 from rlvr_jax.program import RunError, config_dict, console, run_program
@@ -135,20 +135,7 @@ def stage(number: int, text: str) -> None:
 def report(summaries: list[dict]) -> None:
     """The table, and in words what it shows and what it does not."""
     by_name = {summary["setting"]: summary for summary in summaries}
-    table = Table(title="the demo's table")
-    for heading in ("setting", "accuracy", "95% interval", "selected", "changed", "tokens"):
-        table.add_column(heading, justify="left" if heading == "setting" else "right", no_wrap=True)
-    for name, summary in by_name.items():
-        low, high = summary["interval"]
-        table.add_row(
-            name,
-            f"{100 * summary['avg_at_k']:.1f}%",
-            f"{100 * low:.1f} - {100 * high:.1f}%",
-            f"{100 * summary['share_selected']:.1f}%",
-            f"{100 * summary['share_changed']:.1f}%",
-            f"{summary['tokens']:,}",
-        )
-    console.print(table)
+    console.print(summary_table(summaries))
     for line in findings(by_name):
         console.print(f"* {line}", highlight=False, soft_wrap=True)
 

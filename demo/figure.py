@@ -37,14 +37,20 @@ def draw(path: Path, *, metrics: Path, alone: Path, summaries: list[dict]) -> No
 
 def _training(axes: plt.Axes, metrics: Path) -> None:
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    evaluated = next(key for record in records for key in record if key.startswith("avg@") and "_" not in key)
     for kind, name, label, colour in (
         ("train", "accuracy", "rollouts (training problems)", BASE),
-        ("eval", "avg_at_k", "held-out problems", RL),
+        ("eval", evaluated, "held-out problems", RL),
     ):
-        points = [(r["trainer_steps"], 100 * r[name]) for r in records if r["kind"] == kind and r.get(name) is not None]
+        before = kind == "train"  # a step's rollouts come from the policy that the step before it left
+        points = [
+            (r["trainer_steps"] - before, 100 * r[name])
+            for r in records
+            if r["kind"] == kind and r.get(name) is not None
+        ]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=label)
     axes.set(
-        xlabel="trainer step", ylabel="accuracy (%)", title="DAPO with low-probability re-weighting", ylim=(0, 100)
+        xlabel="trainer steps made", ylabel="accuracy (%)", title="DAPO, low-probability re-weighting", ylim=(0, 100)
     )
     axes.legend(frameon=False)
 
@@ -83,6 +89,6 @@ def _replacement(axes: plt.Axes, by_name: dict[str, dict]) -> None:
     axes.set(
         xlabel="tokens selected and drawn again from rl (%)",
         ylabel="accuracy (%), 95% interval over problems",
-        title="Selective replacement: base with some of rl's tokens",
+        title="Base with some of rl's tokens",
     )
     axes.legend(frameon=False, fontsize=8)

@@ -27,7 +27,7 @@ SHARES = {
     "random": (0.05, 0.1, 0.2, 0.4),
 }
 GAMMAS = (0.5, 1.0, 2.0)
-EXTRAPOLATED_SHARE = 0.025  # of base's tokens, by delta_logp
+EXTRAPOLATED_SHARE = 0.05  # of base's tokens, by delta_logp
 EXTRAPOLATED_SHARE_OF_RL = 0.01
 FIRES_BELOW = ("delta_logp",)
 

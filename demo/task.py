@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from rlvr_jax.data.problems import write_problems
 from rlvr_jax.files import atomic_path, write_json
@@ -28,6 +27,13 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "chat_template": CHAT_TEMPLATE,
+    "clean_up_tokenization_spaces": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,21 +131,15 @@ def problem_rows(task: Task, count: int, seed: int, *, exclude: frozenset[str] =
     return rows
 
 
-def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
-    """A character tokenizer (tokenizer.json) with the special tokens and chat template of Qwen's form."""
+def make_tokenizer(task: Task) -> Tokenizer:
+    """A character tokenizer with the special tokens of Qwen's form."""
     letters = [chr(ord("a") + i) for i in range(max(task.fillers, 1))]
     vocabulary = ["\n", *"0123456789+-*=}", *letters]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges=[]))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in WORDS])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    return tokenizer
 
 
 def model_config(vocab_size: int) -> dict:
@@ -169,8 +169,10 @@ def model_config(vocab_size: int) -> dict:
 def write_task(folder: Path, task: Task, *, clean_rows: int, mixed_rows: int, train: int, test: int) -> None:
     """Everything that the programs read: `init/` (config and tokenizer), supervised JSONL, problem parquet files."""
     tokenizer = make_tokenizer(task)
-    tokenizer.save_pretrained(folder / "init")
-    write_json(folder / "init" / "config.json", model_config(len(tokenizer)))
+    with atomic_path(folder / "init" / "tokenizer.json") as path:
+        tokenizer.save(str(path))
+    write_json(folder / "init" / "tokenizer_config.json", TOKENIZER_CONFIG)
+    write_json(folder / "init" / "config.json", model_config(tokenizer.get_vocab_size()))
     for name, rows in (
         ("clean", conversations(task, clean_rows, 1, clean=True)),
         ("mixed", conversations(task, mixed_rows, 2, clean=False)),

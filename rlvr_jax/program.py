@@ -19,7 +19,8 @@ Job = TypeVar("Job")
 
 USAGE_ERROR = 2
 RUN_ERROR = 1
-console = Console(stderr=True)
+# A log file has no width of its own, and tables cut to 80 columns lose their names.
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
 class RunError(RuntimeError):
