@@ -5,11 +5,9 @@ import hashlib
 import os
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
-
 from decode.config import DecodeConfig
 from rlvr_jax.data.problems import Problem, read_problems
-from rlvr_jax.data.text import encode_text, load_tokenizer, render_chat, stop_token_ids
+from rlvr_jax.data.text import Tokenizer, encode_text, load_tokenizer, render_chat, stop_token_ids
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import checkpoint_folder
 
@@ -24,7 +22,7 @@ class Inputs:
     the order of `problems`; `fingerprints` tell whether a later run reads the same.
     """
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: Tokenizer
     folders: dict[str, Path]
     problems: list[Problem]
     prompts: list[list[int]]
@@ -94,7 +92,7 @@ def _tokenizer_folder(config: DecodeConfig) -> Path:
 
 
 def _check_vocabularies(
-    models: dict[str, QwenConfig], folders: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tokenizer_folder: Path
+    models: dict[str, QwenConfig], folders: dict[str, Path], tokenizer: Tokenizer, tokenizer_folder: Path
 ) -> None:
     sizes = {role: model.vocab_size for role, model in models.items()}
     if len(set(sizes.values())) > 1:
@@ -117,7 +115,7 @@ def _check_vocabularies(
                 )
 
 
-def _id_to_token(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+def _id_to_token(tokenizer: Tokenizer) -> dict[int, str]:
     return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
@@ -137,7 +135,7 @@ def _check_lengths(
 
 
 def _stop_tokens(
-    config: DecodeConfig, tokenizer: PreTrainedTokenizerFast, folders: dict[str, Path], models: dict[str, QwenConfig]
+    config: DecodeConfig, tokenizer: Tokenizer, folders: dict[str, Path], models: dict[str, QwenConfig]
 ) -> tuple[int, ...]:
     size = min(model.vocab_size for model in models.values())
     if config.stop_token_ids:

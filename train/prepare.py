@@ -9,12 +9,11 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
 
 from rlvr_jax.checkpoint import Checkpoints, require_same_config
 from rlvr_jax.data.problems import Problem, read_problems
 from rlvr_jax.data.prompts import PromptSet, tokenize_prompts
-from rlvr_jax.data.text import load_tokenizer, stop_token_ids
+from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import checkpoint_folder
 from rlvr_jax.objectives.masks import TOKEN_MASKS
@@ -36,7 +35,7 @@ class Job:
     config: Config
     model_folder: Path
     model_config: QwenConfig
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: Tokenizer
     stop_tokens: tuple[int, ...]
     train: PromptSet
     val: PromptSet | None
@@ -175,7 +174,7 @@ def check_values(config: Config) -> None:
 
 def read_model_config(
     folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     *,
     compute_dtype: str,
     remat: str,
@@ -228,7 +227,7 @@ def resumable(run_dir: str, config: dict, may_change: Sequence[str]) -> int | No
         return step
 
 
-def _prompts(config: Config, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> PromptSet:
+def _prompts(config: Config, tokenizer: Tokenizer, problems: list[Problem]) -> PromptSet:
     return tokenize_prompts(tokenizer, problems, max_tokens=config.data.max_prompt, overlong=config.data.too_long)
 
 

@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
 
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.prompts import prompt_batches
 from rlvr_jax.data.sft import encode_conversation, read_conversations
-from rlvr_jax.data.text import load_tokenizer
+from rlvr_jax.data.text import Tokenizer, load_tokenizer
 from rlvr_jax.files import write_json
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import checkpoint_folder, load_hf
@@ -111,7 +110,7 @@ class SFTJob:
     config: SFTConfig
     model_folder: Path | None
     model_config: QwenConfig
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: Tokenizer
     tokens_NT: np.ndarray
     loss_mask_NT: np.ndarray
     mesh: Mesh
@@ -173,7 +172,7 @@ def check(config: SFTConfig) -> SFTJob:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, path: str, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def encode(tokenizer: Tokenizer, path: str, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """All conversations right-padded to the longest: tokens and loss mask [N, T], -1 in the mask on padding."""
     encoded = [encode_conversation(tokenizer, messages, max_tokens) for messages in read_conversations(path)]
     kept = [(tokens, mask) for tokens, mask in encoded if any(mask)]

@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 import grain
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from rlvr_jax.data.problems import Problem
-from rlvr_jax.data.text import encode_chat
+from rlvr_jax.data.text import Tokenizer, encode_chat
 from rlvr_jax.typing import Int
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ class PromptSet:
 
 
 def tokenize_prompts(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     problems: Sequence[Problem],
     *,
     max_tokens: int | None = None,

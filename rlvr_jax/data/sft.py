@@ -4,10 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from rlvr_jax.data.rows import read_rows, write_rows
-from rlvr_jax.data.text import check_messages, encode_text, render_chat
+from rlvr_jax.data.text import Tokenizer, check_messages, encode_text, render_chat
 
 Conversation = tuple[dict[str, str], ...]
 
@@ -56,7 +54,7 @@ def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, str]],
     max_tokens: int | None = None,
     **template_arguments: Any,

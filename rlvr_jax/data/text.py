@@ -2,17 +2,21 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers import PreTrainedTokenizerFast
+
+# Only tokenizers are used, so the advice to install torch would mislead; transformers reads this when it is imported.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer from tokenizer.json, tokenizer_config.json and chat_template.jinja (if the template is there).
 
     The class named in tokenizer_config.json is not used: transformers 5 gives any qwen2 folder its own Qwen2 class,
@@ -30,13 +34,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~")) or len(folder.parts) > 2):
         raise ValueError(f"{folder}: no such folder, expected one with tokenizer.json, or a hub name")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(path))
+        return Tokenizer.from_pretrained(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception on a file it cannot read
         raise ValueError(f"{path}: no tokenizer can be loaded: {type(error).__name__}: {error}") from error
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, str]],
     *,
     add_generation_prompt: bool = True,
@@ -60,7 +64,7 @@ def encode_chat(
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, str]],
     *,
     add_generation_prompt: bool = True,
@@ -83,7 +87,7 @@ def render_chat(
     return str(text)
 
 
-def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text as it stands: no beginning-of-text token is added; a lone surrogate counts as `?`."""
     return tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
 
@@ -100,7 +104,7 @@ def check_messages(messages: Any, where: str) -> None:
                 raise ValueError(f"{where}[{i}][{key!r}] = {message.get(key)!r:.200}: expected a text")
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerFast, generation_config: str | Path | None) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: Tokenizer, generation_config: str | Path | None) -> tuple[int, ...]:
     """The tokens that end a response: the tokenizer's end-of-text token, then those of generation_config.json.
 
     Both count, as in the published rollouts: a chat template may close turns with a token (`<|im_end|>`) that a base
