@@ -22,7 +22,7 @@ from rlvr_jax.sharding import constrain
 from rlvr_jax.typing import Array, Bool, Float, Int
 
 CHUNK = 32
-DRAW, REDRAW, CRITERION = range(3)  # what a random number is for, the last thing folded into its key
+DRAW, REDRAW, CRITERION = range(3)  # what a random number is for: the role in `step_keys`
 
 Params = Any
 Cache = Any
@@ -184,10 +184,9 @@ def row_keys(seed_2: Array, problem_B: Array, sample_B: Array) -> jax.Array:
 
 
 def step_keys(state: DecodeState, role: int) -> jax.Array:
-    """Typed keys [B] of this step: the row's key with the place in the response and the role folded in."""
+    """Typed keys [B] of this step: the row's key with 4 * (place in the response) + role folded in."""
     keys_B = jax.random.wrap_key_data(state.key_B2, impl="threefry2x32")
-    fold = jax.vmap(lambda key, place: jax.random.fold_in(jax.random.fold_in(key, place), role))
-    return fold(keys_B, state.length_B)
+    return jax.vmap(jax.random.fold_in)(keys_B, 4 * state.length_B + role)
 
 
 def next_logits(model: LanguageModel, params: Params, state: DecodeState, index: int) -> tuple[jax.Array, Cache]:

@@ -105,50 +105,45 @@ def draw(
     scaled_BV = _scaled(logits_BV, sampling.temperature)
     peak_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True)
     mass_BV = jnp.exp(scaled_BV - peak_B1)
-    blocks_BN = jnp.sum(_blocks(mass_BV), axis=-1)
-    total_B = jnp.sum(blocks_BN, axis=-1)
+    blocks_BN = _block_sums(mass_BV)
+    log_z_B = peak_B1[:, 0] + jnp.log(jnp.sum(blocks_BN, axis=-1))
     greedy_B = sampling.temperature == 0
     limited_B = ~greedy_B & (sampling.top_k > 0) & (sampling.top_k < vocabulary)
 
-    def numbers(round_index: ArrayLike) -> jax.Array:
-        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, round_index), (2,)))(keys_B)
+    def only_top_k() -> tuple[jax.Array, jax.Array]:
+        kept_BV = jnp.where(_in_top_k(scaled_BV, jnp.where(limited_B, sampling.top_k, 0)), mass_BV, 0.0)
+        return kept_BV, _block_sums(kept_BV)
 
-    def from_everything() -> jax.Array:
-        return _pick(mass_BV, blocks_BN, jnp.full(rows, -1.0), numbers(0))[0]
+    kept_BV, kept_BN = jax.lax.cond(jnp.any(limited_B), only_top_k, lambda: (mass_BV, blocks_BN))
+    nucleus_B = ~greedy_B & (sampling.top_p < 1)
+    need_B = jnp.where(nucleus_B, sampling.top_p * jnp.sum(kept_BN, axis=-1), jnp.inf)
 
-    def from_nucleus() -> jax.Array:
-        def only_top_k() -> tuple[jax.Array, jax.Array]:
-            kept_BV = jnp.where(_in_top_k(scaled_BV, jnp.where(limited_B, sampling.top_k, 0)), mass_BV, 0.0)
-            return kept_BV, jnp.sum(_blocks(kept_BV), axis=-1)
+    def propose(carry: tuple) -> tuple:
+        index, accepted_B, token_B, floor_B, above_BN = carry
+        numbers_B2 = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index), (2,)))(keys_B)
+        proposed_B, mass_B = _pick(kept_BV, above_BN, floor_B, numbers_B2)
+        higher_BN = jax.lax.cond(
+            jnp.any(nucleus_B),
+            lambda: _block_sums(jnp.where(kept_BV > mass_B[:, None], kept_BV, 0.0)),
+            lambda: jnp.zeros_like(above_BN),
+        )
+        token_B = jnp.where(accepted_B, token_B, proposed_B)
+        accepted_B |= ~(jnp.sum(higher_BN, axis=-1) >= need_B)  # also true for NaN, which must not loop for ever
+        floor_B = jnp.where(accepted_B, floor_B, mass_B)
+        return index + 1, accepted_B, token_B, floor_B, jnp.where(accepted_B[:, None], above_BN, higher_BN)
 
-        kept_BV, kept_BN = jax.lax.cond(jnp.any(limited_B), only_top_k, lambda: (mass_BV, blocks_BN))
-        need_B = sampling.top_p * jnp.sum(kept_BN, axis=-1)
-        need_B = jnp.where(greedy_B | (sampling.top_p >= 1), jnp.inf, need_B)
-
-        def propose(carry: tuple) -> tuple:
-            index, accepted_B, token_B, floor_B, above_BN = carry
-            proposed_B, proposed_mass_B = _pick(kept_BV, above_BN, floor_B, numbers(index))
-            higher_BN = jnp.sum(_blocks(jnp.where(kept_BV > proposed_mass_B[:, None], kept_BV, 0.0)), axis=-1)
-            token_B = jnp.where(accepted_B, token_B, proposed_B)
-            accepted_B |= ~(jnp.sum(higher_BN, axis=-1) >= need_B)  # also true for NaN, which must not loop for ever
-            floor_B = jnp.where(accepted_B, floor_B, proposed_mass_B)
-            return index + 1, accepted_B, token_B, floor_B, jnp.where(accepted_B[:, None], above_BN, higher_BN)
-
-        start = (0, jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32), jnp.full(rows, -1.0), kept_BN)
-        return jax.lax.while_loop(lambda carry: jnp.any(~carry[1]), propose, start)[2]
-
-    filtering = jnp.any(limited_B | (~greedy_B & (sampling.top_p < 1)))
-    token_B = jax.lax.cond(filtering, from_nucleus, from_everything)
+    start = (0, jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32), jnp.full(rows, -1.0), kept_BN)
+    token_B = jax.lax.while_loop(lambda carry: jnp.any(~carry[1]), propose, start)[2]
     token_B = jax.lax.cond(
         jnp.any(greedy_B), lambda: jnp.where(greedy_B, first_argmax(scaled_BV, peak_B1), token_B), lambda: token_B
     )
-    return token_B, peak_B1[:, 0] + jnp.log(total_B)
+    return token_B, log_z_B
 
 
 def log_normaliser(logits_BV: Float[Array, "B V"]) -> Float[jax.Array, " B"]:
     """logsumexp over the vocabulary, summed in the same order as in `draw`."""
     peak_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    return peak_B1[:, 0] + jnp.log(jnp.sum(jnp.sum(_blocks(jnp.exp(logits_BV - peak_B1)), axis=-1), axis=-1))
+    return peak_B1[:, 0] + jnp.log(jnp.sum(_block_sums(jnp.exp(logits_BV - peak_B1)), axis=-1))
 
 
 def token_logprob(
@@ -194,6 +189,10 @@ def _blocks(values_BV: jax.Array) -> jax.Array:
     if padding:
         values_BV = jnp.pad(values_BV, ((0, 0), (0, padding)))
     return values_BV.reshape(rows, -1, block)
+
+
+def _block_sums(values_BV: jax.Array) -> jax.Array:
+    return jnp.sum(_blocks(values_BV), axis=-1)
 
 
 def _pick(mass_BV: jax.Array, blocks_BN: jax.Array, floor_B: jax.Array, numbers_B2: jax.Array) -> tuple:
