@@ -26,7 +26,7 @@ from train.config import (
 config = Config(
     run_dir="runs/qwen2_5_math_7b",
     epochs=1,
-    model=ModelConfig(path="Qwen/Qwen2.5-Math-7B", max_position_embeddings=32768, remat="full"),
+    model=ModelConfig(path="Qwen/Qwen2.5-Math-7B", max_position_embeddings=32768, remat="full", logprob_chunk=32768),
     data=DataConfig(train="data/dapo-math-17k.parquet", val="data/aime-2024.parquet", max_prompt=2048),
     rollout=RolloutConfig(
         generation_batch=1536, n=16, max_response=8192, temperature=1.0, top_p=1.0, prompts_at_once=64

@@ -1,5 +1,6 @@
 """`python -m train`, end to end on a tiny model: resume, shapes, files, bad input."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from rich.console import Console
 
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.text import load_tokenizer
@@ -19,7 +21,7 @@ from rlvr_jax.models.qwen import hidden_states, logits
 from rlvr_jax.program import run_program
 from tests.tiny import compiled_once, tiny_checkpoint, write_tiny_problems
 from train.loop import run
-from train.metrics import MetricLog
+from train.metrics import Display, MetricLog
 from train.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +43,7 @@ def arguments(place, run_dir, **changes):
     values = {
         "run_dir": run_dir,
         "steps": 4,
+        "epochs": 20,
         "model.path": place / "model",
         "data.train": place / "train.jsonl",
         "data.val": place / "val.jsonl",
@@ -242,6 +245,7 @@ def test_epochs_masks_and_the_reference_model(place):
         **{
             "data__train": place / "few.jsonl",
             "steps": "None",
+            "epochs": 1,
             "algorithm__train_batch": 6,
             "algorithm__mini_batch": 2,
             "algorithm__reweight__kind": "current_linear",
@@ -329,6 +333,23 @@ def test_bad_input_is_refused_before_any_work(place, changes, match):
     with pytest.raises((ValueError, OSError), match=match):
         prepare(arguments(place, place / "refused", **changes))
     assert not (place / "refused").exists()
+
+
+def test_display_says_step_numbers_and_time_left():
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+        with Display(console, total=4, done=1, shown={"acc": ("accuracy", ".2f"), "gap": ("gap", ".1e")}) as display:
+            display.phase("rollout")
+            display.step({"trainer_steps": 2, "accuracy": 0.5})
+        text = console.file.getvalue()
+        assert "step 2/4  acc 0.50  left 0:00:0" in text
+        assert ("rollout" in text) == terminal
+
+
+def test_a_folder_without_weights(place):
+    (place / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no \.safetensors file"):
+        prepare(arguments(place, place / "refused", model__path=place / "empty"))
 
 
 def test_empty_problem_file(place):

@@ -15,7 +15,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "full"
     """What the training forward keeps for the backward pass: everything, matmul results, or layer inputs only."""
     logprob_chunk: int = 1024
-    """Tokens whose logits exist at one time."""
+    """Tokens whose logits exist at one time, over all devices: about 1,024 a device."""
 
 
 @dataclasses.dataclass(frozen=True)

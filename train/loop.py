@@ -136,9 +136,11 @@ class _Run:
         if kind == "train":
             self.display.step(record)
         else:
-            shown = {name: x for name, x in metrics.items() if "@" in name}
-            numbers = "  ".join(f"{name} {x:.3f}" for name, x in shown.items())
-            self.display.line(f"eval after step {self.trainer_steps}  {numbers}")
+            avg = f"avg@{self.config.eval.n}"
+            numbers = [f"{name} {x:.3f}" for name, x in metrics.items() if name.startswith("pass@")]
+            interval = f"[{metrics[f'{avg}_low']:.3f}, {metrics[f'{avg}_high']:.3f}]"
+            line = "  ".join([f"{avg} {metrics[avg]:.3f} {interval}", *numbers])
+            self.display.line(f"eval after step {self.trainer_steps}  {line}")
 
     def _stop_if_not_finite(self, metrics: dict[str, float]) -> None:
         """One trainer step without a single finite update is skipped; a second one in a row ends the run."""
@@ -195,7 +197,10 @@ class _Run:
         export(folder, job.model_config, params, job.tokenizer, base=job.model_folder, dtype=dtype)
 
     def _load(self, dtype: Any) -> Any:
-        return load_hf(self.job.model_folder, dtype=dtype, mesh=self.job.mesh)[1]
+        try:
+            return load_hf(self.job.model_folder, dtype=dtype, mesh=self.job.mesh)[1]
+        except (ValueError, OSError) as error:
+            raise RunError(f"model.path: {error}") from error
 
     def _needs_reference(self) -> bool:
         algorithm = self.config.algorithm

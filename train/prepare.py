@@ -52,7 +52,7 @@ def prepare(argv: Sequence[str]) -> Job:
 def check(config: Config) -> Job:
     """As `prepare`, from a configuration."""
     check_values(config)
-    folder = checkpoint_folder(config.model.path)
+    folder = model_folder(config.model.path)
     tokenizer = load_tokenizer(folder)
     suffix, repeats = config.data.prompt_suffix, "by_id" if config.data.deduplicate else "none"
     train = _prompts(config, tokenizer, read_problems(config.data.train, prompt_suffix=suffix, deduplicate=repeats))
@@ -170,6 +170,14 @@ def check_values(config: Config) -> None:
         raise ValueError(f"reward.rule={config.reward.rule!r}: expected {', '.join(RULES)} or 'module:function'")
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed}: expected 0 to 2**32 - 1")
+
+
+def model_folder(path: str) -> Path:
+    """The local folder of a model, with its weights in it."""
+    folder = checkpoint_folder(path)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{path}: no .safetensors file in this folder")
+    return folder
 
 
 def read_model_config(

@@ -26,7 +26,7 @@ from rlvr_jax.data.sft import encode_conversation, read_conversations
 from rlvr_jax.data.text import Tokenizer, load_tokenizer
 from rlvr_jax.files import write_json
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.models.hf import checkpoint_folder, load_hf
+from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import init_params, param_axes
 from rlvr_jax.objectives.policy import aggregate
 from rlvr_jax.program import RunError, config_dict, console, parse_config, run_program
@@ -43,7 +43,7 @@ from train.config import CheckpointConfig, MeshConfig
 from train.dapo import Apply, model_apply, response_logprobs
 from train.export import export
 from train.metrics import Display, MetricLog
-from train.prepare import mesh_for, read_model_config, resumable
+from train.prepare import mesh_for, model_folder, read_model_config, resumable
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def check(config: SFTConfig) -> SFTJob:
         raise ValueError(f"micro_batches={config.micro_batches} does not divide batch={config.batch}")
     if not (config.optim.lr > 0 and math.isfinite(config.optim.lr)):
         raise ValueError(f"optim.lr={config.optim.lr}: expected a positive number")
-    folder = checkpoint_folder(config.model) if config.model else None
+    folder = model_folder(config.model) if config.model else None
     tokenizer = load_tokenizer(config.tokenizer or str(folder))
     tokens_NT, loss_mask_NT = encode(tokenizer, config.data, config.max_tokens)
     model_config = read_model_config(
@@ -204,7 +204,10 @@ def make_loss(chunk: int) -> Any:
 def initial_params(job: SFTJob) -> Any:
     """The folder's weights, or random ones, float32, on the mesh."""
     if job.model_folder is not None:
-        return load_hf(job.model_folder, dtype=jnp.float32, mesh=job.mesh)[1]
+        try:
+            return load_hf(job.model_folder, dtype=jnp.float32, mesh=job.mesh)[1]
+        except (ValueError, OSError) as error:
+            raise RunError(f"model: {error}") from error
     init, key = partial(init_params, job.model_config, dtype=jnp.float32), jax.random.key(job.config.seed)
     rules, axes = ShardingRules(), param_axes(job.model_config)
     shardings = jax.tree.map(lambda x, names: rules.sharding(job.mesh, names, x.shape), jax.eval_shape(init, key), axes)
