@@ -127,7 +127,10 @@ def test_yarn_frequencies_by_hand():
     yarn = YarnConfig(4.0, 64, beta_fast=5.0, beta_slow=1.0, truncate=False)
     frequencies, _ = layers.rope_frequencies(8, 100.0, yarn)
     plain = np.array([1.0, 100**-0.25, 100**-0.5, 100**-0.75])
-    low, high = 8 * math.log(64 / (10 * math.pi)) / (2 * math.log(100)), 8 * math.log(32 / math.pi) / (2 * math.log(100))
+    low, high = (
+        8 * math.log(64 / (10 * math.pi)) / (2 * math.log(100)),
+        8 * math.log(32 / math.pi) / (2 * math.log(100)),
+    )
     ramp = np.clip((np.arange(4) - low) / (high - low), 0, 1)
     assert ramp[0] == 0
     assert 0 < ramp[1] < 1
@@ -210,7 +213,7 @@ def test_transformers_reads_what_is_written():
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         QwenConfig.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -190,7 +190,7 @@ def test_sharded_folders(tmp_path):
     index = tmp_path / "n" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": content["weight_map"] | {"model.extra": "part-0.safetensors"}}))
-    with pytest.raises(ValueError, match="missing: model.extra"):
+    with pytest.raises(ValueError, match=r"missing: model\.extra"):
         load_hf(tmp_path / "n")
 
     # a shard that is not there, or lies elsewhere

@@ -11,6 +11,7 @@ from parity.variants import PROMPT, STEPS, VARIANTS, inputs
 from rlvr_jax.generation import generate
 from rlvr_jax.models import hf, layers, qwen
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.hf_names import checkpoint_slots
 
 pytestmark = pytest.mark.parity
 variants = pytest.mark.parametrize("name", list(VARIANTS))
@@ -112,7 +113,7 @@ def test_gradient_of_mean_nll(pair):
         nll = -logits.log_softmax(-1)[:, :-1].gather(-1, torch_tokens[:, 1:, None])[..., 0]
         ((nll * torch.from_numpy(weight)).sum() / weight.sum()).backward()
         parameters, worst = dict(theirs.named_parameters()), 0.0
-        for key, slot in hf._slots(config).items():
+        for key, slot in checkpoint_slots(config).items():
             wanted = parameters[key].grad.numpy()
             got = hf._to_host(slot, grads, np.dtype(np.float32))
             worst = max(worst, np.abs(got - wanted).max() / np.abs(wanted).max())
@@ -156,8 +157,8 @@ def test_transformers_loads_what_is_saved(name, dtype, tmp_path):
     assert theirs.dtype == getattr(torch, dtype)
     assert theirs.generation_config.eos_token_id == tokenizer.eos_token_id
     for key, wanted in theirs.state_dict().items():
-        if key in hf._slots(config):
-            ours = hf._to_host(hf._slots(config)[key], params, np.dtype(jnp.dtype(dtype)))
+        if key in checkpoint_slots(config):
+            ours = hf._to_host(checkpoint_slots(config)[key], params, np.dtype(jnp.dtype(dtype)))
             bits = wanted.contiguous().view(torch.int16 if dtype == "bfloat16" else torch.int32).numpy()
             np.testing.assert_array_equal(ours.view(bits.dtype), bits, err_msg=key)
     assert QwenConfig.from_hf(theirs.config.to_dict()) == config

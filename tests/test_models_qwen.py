@@ -14,9 +14,7 @@ from rlvr_jax.models.config import QwenConfig, YarnConfig
 from rlvr_jax.sharding import ShardingRules, make_mesh
 
 QWEN2 = QwenConfig("qwen2", 50, 32, 48, 2, 4, 2, 8, qkv_bias=True, tie_word_embeddings=True)
-QWEN3 = QwenConfig(
-    "qwen3", 50, 32, 48, 2, 4, 1, 12, qk_norm=True, rope_scaling=YarnConfig(4.0, 16)
-)
+QWEN3 = QwenConfig("qwen3", 50, 32, 48, 2, 4, 1, 12, qk_norm=True, rope_scaling=YarnConfig(4.0, 16))
 both = pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
 
 
@@ -168,7 +166,8 @@ def test_cache_grows_and_repeats():
     assert cache.length == 10
     logits, _ = cached(QWEN3)(params, np.repeat(TOKENS[:, 6:7], 2, 0), np.full((6, 1), 6), cache)
     np.testing.assert_allclose(logits[:, 0], np.repeat(full[:, 6], 2, 0), atol=1e-5, rtol=0)
-    assert grow_cache(cache := init_cache(QWEN3, 1, 4), 4) is cache
+    cache = init_cache(QWEN3, 1, 4)
+    assert grow_cache(cache, 4) is cache
     with pytest.raises(ValueError, match="below the present capacity 4"):
         grow_cache(cache, 3)
     with pytest.raises(ValueError, match="n is 0"):
@@ -237,7 +236,7 @@ def test_mesh_equals_one_device(config):
 
 
 def test_bfloat16():
-    """bf16 compute over fp32 parameters, and bf16 parameters, give bf16 hidden states and float32 logits near fp32's."""
+    """bf16 compute over fp32 parameters, and bf16 parameters, give bf16 hidden states and logits near fp32's."""
     config = QWEN3
     params = params_of(config)
     exact = forward(config)(params, TOKENS)

@@ -2,10 +2,10 @@
 
 The index of a token in the cache is its position, row by row, and a query at position p sees indices up to p. Prompts
 are therefore right-padded: what lies beyond a row's length is junk that is overwritten before it is ever seen, so no
-mask is kept. Layers are separate arrays because XLA copies a stacked `[L, ...]` cache when it is carried through a scan.
+mask is kept. Layers are separate arrays because XLA copies a stacked `[L, ...]` cache that a scan carries.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ class KVCache(NamedTuple):
         return self.k[0].shape[2]
 
 
-def init_cache(config: QwenConfig, batch: int, length: int, dtype: object = None) -> KVCache:
-    """An empty cache for `batch` rows of up to `length` tokens, in `dtype` (the config's compute dtype, else float32)."""
+def init_cache(config: QwenConfig, batch: int, length: int, dtype: Any = None) -> KVCache:
+    """An empty cache for `batch` rows of `length` tokens, in `dtype` (by default the config's, else float32)."""
     if batch < 1 or length < 1:
         raise ValueError(f"init_cache: batch {batch} and length {length} must be positive")
     shape = (batch, config.num_kv_heads, length, config.head_dim)

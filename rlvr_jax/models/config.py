@@ -125,8 +125,8 @@ class QwenConfig:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        for name in (*sizes, "max_position_embeddings"):
+        widths = ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
+        for name in (*widths, "num_layers", "num_heads", "num_kv_heads", "max_position_embeddings"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"QwenConfig: {name} is {value!r}, expected a positive integer")
@@ -180,7 +180,7 @@ class QwenConfig:
         else:
             if model_type == "qwen2" and hidden_size % num_heads:
                 raise ValueError(
-                    f"{where}: no head_dim, and num_attention_heads {num_heads} does not divide hidden_size {hidden_size}"
+                    f"{where}: no head_dim, and num_attention_heads {num_heads} does not divide {hidden_size=}"
                 )
             # 128 is what transformers assumes for a Qwen3 config without the key.
             head_dim = 128 if model_type == "qwen3" else hidden_size // num_heads

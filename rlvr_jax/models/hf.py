@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.hf_names import TOP_NAMES, Slot, checkpoint_slots
 from rlvr_jax.models.qwen import Params, param_specs
 from rlvr_jax.models.tensorfile import DTYPES, TensorInfo, read_header, read_tensor, tensor_bytes, write_file
 from rlvr_jax.sharding import ShardingRules
@@ -24,57 +25,7 @@ from rlvr_jax.sharding import ShardingRules
 logger = logging.getLogger(__name__)
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm.weight",
-    "q_proj": "self_attn.q_proj.weight",
-    "k_proj": "self_attn.k_proj.weight",
-    "v_proj": "self_attn.v_proj.weight",
-    "o_proj": "self_attn.o_proj.weight",
-    "q_bias": "self_attn.q_proj.bias",
-    "k_bias": "self_attn.k_proj.bias",
-    "v_bias": "self_attn.v_proj.bias",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    "gate_proj": "mlp.gate_proj.weight",
-    "up_proj": "mlp.up_proj.weight",
-    "down_proj": "mlp.down_proj.weight",
-}
-_TOP_NAMES = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "unembed": "lm_head.weight"}
 _BLOCK = 256  # rows transposed at a time, so that both sides stay in the processor's cache
-
-
-class _Slot(NamedTuple):
-    """Where a tensor of the folder belongs: a parameter, or one layer of a stacked one."""
-
-    path: tuple[str, ...]
-    layer: int | None
-    shape: tuple[int, ...]  # in the folder: [out, in] for matmul weights
-    transposed: bool  # ours are [in, out], with heads split off
-
-
-def _slots(config: QwenConfig) -> dict[str, _Slot]:
-    """Every tensor that a folder of this config holds, by name, in the order in which it is written."""
-    specs = param_specs(config)
-
-    def hf_shape(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
-        if name == "embed" or name.endswith("norm"):
-            return shape, False
-        if name.endswith("bias"):
-            return (int(np.prod(shape)),), False
-        inputs = shape[:-1] if name in ("o_proj", "down_proj", "unembed", "gate_proj", "up_proj") else shape[:1]
-        return (int(np.prod(shape[len(inputs) :])), int(np.prod(inputs))), True
-
-    slots = {_TOP_NAMES["embed"]: _Slot(("embed",), None, *hf_shape("embed", specs["embed"].shape))}
-    for layer in range(config.num_layers):
-        for name, suffix in _LAYER_NAMES.items():
-            if name in specs["layers"]:
-                shape = specs["layers"][name].shape[1:]
-                slots[f"model.layers.{layer}.{suffix}"] = _Slot(("layers", name), layer, *hf_shape(name, shape))
-    for name in ("final_norm", "unembed"):
-        if name in specs:
-            slots[_TOP_NAMES[name]] = _Slot((name,), None, *hf_shape(name, specs[name].shape))
-    return slots
 
 
 def load_hf(
@@ -89,8 +40,8 @@ def load_hf(
 
     Reads config.json and model.safetensors, or the shards that model.safetensors.index.json lists. Pickled weights are
     never read and no code from the folder is ever run. Tensors are read one at a time and converted on the way, so host
-    memory peaks near one copy of the weights in `dtype` (on an accelerator: near one stacked parameter; with a mesh over
-    several hosts: each host keeps only its own part). The tokenizer is not touched.
+    memory peaks near one copy of the weights in `dtype` (on an accelerator: near one stacked parameter; with a mesh
+    over several hosts: each host keeps only its own part). The tokenizer is not touched.
 
     Args:
       path: a local folder, or, when there is none of that name, the name of a repository on the Hugging Face hub
@@ -111,7 +62,7 @@ def load_hf(
     folder = checkpoint_folder(path)
     config = QwenConfig.from_hf(folder, **(overrides or {}))
     infos = _find_tensors(folder)
-    slots = _slots(config)
+    slots = checkpoint_slots(config)
     _check(folder, config, slots, infos)
     if dtype is None:
         stored = {infos[name].dtype for name in slots}
@@ -159,7 +110,7 @@ def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
     """The tensors of a folder's one file or of the shards in its index; raises on duplicates and on a false index."""
     single, index = folder / _SINGLE, folder / _INDEX
     if single.is_file() and index.is_file():
-        raise ValueError(f"{folder}: holds both {_SINGLE} and {_INDEX}, expected one of them: every tensor is duplicate")
+        raise ValueError(f"{folder}: holds both {_SINGLE} and {_INDEX}, so every tensor is duplicate; keep one")
     if single.is_file():
         return read_header(single)
     if not index.is_file():
@@ -175,7 +126,7 @@ def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
     problems = []
     for shard in shards:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: weight_map names the file {shard!r}, expected a .safetensors file of the folder")
+            raise ValueError(f"{index}: weight_map names the file {shard!r}, expected a .safetensors file")
         if not (folder / shard).is_file():
             absent = [name for name, file in weight_map.items() if file == shard]
             raise FileNotFoundError(f"{folder / shard}: no such shard; missing tensors: {', '.join(sorted(absent))}")
@@ -191,17 +142,15 @@ def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _check(
-    folder: Path, config: QwenConfig, slots: Mapping[str, _Slot], infos: Mapping[str, TensorInfo]
-) -> None:
+def _check(folder: Path, config: QwenConfig, slots: Mapping[str, Slot], infos: Mapping[str, TensorInfo]) -> None:
     """Raises ValueError naming every tensor that is missing, unknown, of a wrong shape or of an unreadable dtype."""
     problems = [f"missing: {name} {list(slot.shape)}" for name, slot in slots.items() if name not in infos]
     for name, info in infos.items():
-        if name == _TOP_NAMES["unembed"] and config.tie_word_embeddings:
+        if name == TOP_NAMES["unembed"] and config.tie_word_embeddings:
             # Some published tied checkpoints store the shared matrix twice; only a true copy can be passed over.
-            embed = infos.get(_TOP_NAMES["embed"])
+            embed = infos.get(TOP_NAMES["embed"])
             if embed is None or info[1:3] != embed[1:3] or not _same_bytes(info, embed):
-                problems.append(f"unknown: {name} differs from {_TOP_NAMES['embed']}, but tie_word_embeddings is true")
+                problems.append(f"unknown: {name} differs from {TOP_NAMES['embed']}, but tie_word_embeddings is true")
         elif name not in slots:
             problems.append(f"unknown: {name} {list(info.shape)}")
         elif info.shape != slots[name].shape:
@@ -232,11 +181,11 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _assemble(
-    shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None, parts: Iterable[tuple[_Slot, TensorInfo]]
+    shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None, parts: Iterable[tuple[Slot, TensorInfo]]
 ) -> jax.Array:
     """One parameter from its tensors (one, or one a layer): only the regions that this process's devices hold."""
     if sharding is None:
-        regions = {None: (slice(None),) * len(shape)}  # None: wherever jax places arrays by default
+        regions: Mapping[Any, Any] = {None: (slice(None),) * len(shape)}  # None: wherever jax places arrays by default
     else:
         regions = sharding.addressable_devices_indices_map(shape)
     bounds = {d: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for d, index in regions.items()}
@@ -257,7 +206,7 @@ def _assemble(
 def _fill(
     out: np.ndarray, tensor: np.ndarray, transposed: bool, shape: tuple[int, ...], region: tuple[tuple[int, int], ...]
 ) -> None:
-    """Copies the `region` of a parameter of `shape` out of its folder form `tensor` into `out`, converting the dtype."""
+    """Copies the `region` of a parameter of `shape` out of its folder form `tensor` into `out`, in `out`'s dtype."""
     source = (tensor.T if transposed else tensor).reshape(shape)[tuple(slice(*bounds) for bounds in region)]
     # Bits move faster than bfloat16 values, and a transposed copy faster in blocks.
     bits = np.dtype(f"u{out.itemsize}")
@@ -301,7 +250,7 @@ def save_hf(
     """
     folder = Path(path)
     writer = jax.process_index() == 0
-    slots = _slots(config)
+    slots = checkpoint_slots(config)
     _check_params(config, params)
     stored = np.dtype(params["embed"].dtype if dtype is None else dtype)
     if stored not in DTYPES.values():
@@ -349,7 +298,7 @@ def _checkpoint_files(folder: Path) -> list[str]:
 
 
 def _write_weights(
-    folder: Path, slots: Mapping[str, _Slot], params: Params, dtype: np.dtype, max_shard_bytes: float | int, writer: bool
+    folder: Path, slots: Mapping[str, Slot], params: Params, dtype: np.dtype, max_shard_bytes: float | int, writer: bool
 ) -> None:
     shards: list[list[str]] = [[]]
     used = 0
@@ -363,7 +312,7 @@ def _write_weights(
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = files if len(files) > 1 else [_SINGLE]
 
-    def producer(slot: _Slot) -> Any:
+    def producer(slot: Slot) -> Any:
         return lambda: _to_host(slot, params, dtype)
 
     for file, names in zip(files, shards, strict=True):
@@ -379,7 +328,7 @@ def _write_weights(
         _dump(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _to_host(slot: _Slot, params: Params, dtype: np.dtype) -> np.ndarray:
+def _to_host(slot: Slot, params: Params, dtype: np.dtype) -> np.ndarray:
     """One tensor in its folder form."""
     leaf: Any = params
     for key in slot.path:

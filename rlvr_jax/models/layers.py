@@ -90,22 +90,37 @@ def causal_mask(mask_BT: Int[Array, "B T"] | Bool[Array, "B T"] | Float[Array, "
     return causal_1TT if mask_BT is None else causal_1TT & (mask_BT != 0)[:, None, :]
 
 
+def _scores(q_BKGTH: Array, k_BKSH: Array) -> jax.Array:
+    return einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, jnp.float32)
+
+
+def _single_query_scores_cpu(q_BKGTH: Array, k_BKSH: Array) -> jax.Array:
+    # XLA's CPU matmul packs its right operand: as the left one the cache is read in place, up to twice as fast. The
+    # barrier keeps the compiler from swapping the operands back.
+    scores_BKSG = einsum("BKSH,BKGH->BKSG", k_BKSH.astype(q_BKGTH.dtype), q_BKGTH[:, :, :, 0], jnp.float32)
+    return jnp.swapaxes(jax.lax.optimization_barrier(scores_BKSG), 2, 3)[:, :, :, None]
+
+
 def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BKSH: Float[Array, "B K S H"],
     v_BKSH: Float[Array, "B K S H"],
     mask_BTS: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention, `softmax(q k^T / sqrt(H)) v` where the mask is true; query head n uses kv head n // (N/K).
+    """Grouped-query attention: `softmax(q k^T / sqrt(H)) v` where the mask is true; head n uses kv head n // (N / K).
 
     Scores and softmax are float32. A query that may see nothing gives a finite, meaningless row (the mean of v).
+    The mask is broadcast over heads.
     """
     batch, length, num_heads, head_dim = q_BTNH.shape
     num_kv_heads = k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     q_BKGTH = jnp.transpose(q_BTKGH, (0, 2, 3, 1, 4))
-    scores = einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, jnp.float32) * (head_dim**-0.5)
-    scores = jnp.where(mask_BTS[:, None, None], scores, _MASKED)
+    if length == 1:
+        scores = jax.lax.platform_dependent(q_BKGTH, k_BKSH, cpu=_single_query_scores_cpu, default=_scores)
+    else:
+        scores = _scores(q_BKGTH, k_BKSH)
+    scores = jnp.where(mask_BTS[:, None, None], scores * (head_dim**-0.5), _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
     out_BKGTH = einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)
     return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4)).reshape(q_BTNH.shape)
@@ -113,7 +128,7 @@ def attention(
 
 def project_qkv(
     p: LayerParams, x_BTD: Float[Array, "B T D"], cos_BTh: Array, sin_BTh: Array, eps: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Array, Array, Array]:
     """Pre-norm, the three projections with whichever extras `p` holds (bias, q/k norm), rotary embeddings on q and k.
 
     Returns:
@@ -130,7 +145,7 @@ def project_qkv(
     return q, k, constrain(v, "batch", "time", "kv_heads", "head_dim")
 
 
-def finish_block(p: LayerParams, x_BTD: Float[Array, "B T D"], attended_BTNH: Array, eps: float) -> jax.Array:
+def finish_block(p: LayerParams, x_BTD: Float[Array, "B T D"], attended_BTNH: Array, eps: float) -> Array:
     """The rest of a decoder layer after attention: output projection, residual, and the gated MLP with its residual."""
     x_BTD = x_BTD + einsum("BTNH,NHD->BTD", attended_BTNH, p["o_proj"])
     x_BTD = constrain(x_BTD, "batch", "time", "act_embed")

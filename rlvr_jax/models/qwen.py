@@ -1,7 +1,7 @@
 """The Qwen decoder: its parameters, the Flax module, and pure functions over the same parameters."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,7 @@ class Qwen(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.config.num_layers,
         )(self.config)
         self.final_norm = declare("final_norm")
@@ -173,7 +173,7 @@ class Qwen(nn.Module):
         weights = {"embed": self.embed} if self.config.tie_word_embeddings else {"unembed": self.unembed}
         return logits(self.config, weights, hidden_BTD)
 
-    def hidden(self, tokens_BT: Array, positions_BT: Array | None = None, mask_BT: Array | None = None) -> jax.Array:
+    def hidden(self, tokens_BT: Array, positions_BT: Array | None = None, mask_BT: Array | None = None) -> Array:
         """As `__call__`, up to and with the final norm: [B, T, D] in the compute dtype."""
         if mask_BT is not None and mask_BT.shape != tokens_BT.shape:
             raise ValueError(f"mask_BT has shape {mask_BT.shape}, expected that of tokens_BT, {tokens_BT.shape}")
@@ -181,7 +181,8 @@ class Qwen(nn.Module):
             positions_BT = default_positions(tokens_BT, mask_BT)
         cos_BTh, sin_BTh = _rope(self.config, positions_BT)
         mask_BTS = layers.causal_mask(mask_BT, tokens_BT.shape[1])
-        x_BTD = _embed(self.config, self.embed, tokens_BT)
+        # Gathered over fsdp before the look-up: otherwise GSPMD replicates what was looked up instead.
+        x_BTD = _embed(self.config, constrain(self.embed, "vocab", None), tokens_BT)
         x_BTD, _ = self.layers(x_BTD, cos_BTh, sin_BTh, mask_BTS)
         return layers.rms_norm(x_BTD, self.final_norm, self.config.rms_norm_eps)
 
@@ -193,12 +194,12 @@ def default_positions(tokens_BT: Array, mask_BT: Array | None) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask_BT != 0, axis=1) - 1, 0)
 
 
-def _rope(config: QwenConfig, positions_BT: Array) -> tuple[jax.Array, jax.Array]:
+def _rope(config: QwenConfig, positions_BT: Array) -> tuple[Array, Array]:
     frequencies, factor = layers.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     return layers.rope_tables(positions_BT, frequencies, factor)
 
 
-def _embed(config: QwenConfig, embed_VD: Array, tokens_BT: Array) -> jax.Array:
+def _embed(config: QwenConfig, embed_VD: Array, tokens_BT: Array) -> Array:
     x_BTD = jnp.take(embed_VD, tokens_BT, axis=0, mode="clip").astype(config.compute_dtype(embed_VD.dtype))
     return constrain(x_BTD, "batch", "time", "act_embed")
 
@@ -214,7 +215,8 @@ def hidden_states(
 
     For training and scoring: hand the result and `unembedding(config, params)` to a chunked log-prob.
     """
-    return Qwen(config).apply({"params": params}, tokens_BT, positions_BT, mask_BT, method="hidden")
+    hidden_BTD = Qwen(config).apply({"params": params}, tokens_BT, positions_BT, mask_BT, method="hidden")
+    return cast(jax.Array, hidden_BTD)
 
 
 def unstack_layers(config: QwenConfig, params: Params) -> Params:
@@ -237,7 +239,7 @@ def cached_hidden_states(
 
     The index of a token in the cache is its position: token (b, t) is written at `positions_BT[b, t]` and sees all
     indices up to it. So a prompt is prefilled right-padded with positions 0, 1, 2, ...; what the padding wrote is
-    overwritten before any later token can see it. One function for prefill (T = prompt length) and for decoding (T = 1).
+    overwritten before any later token can see it. One function for prefill (T = prompt) and for decoding (T = 1).
 
     Args:
       config: the architecture.

@@ -79,7 +79,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def read_tensor(info: TensorInfo) -> np.ndarray:
     """The tensor's content in its stored dtype, which must be one of `DTYPES`."""
     array = np.empty(info.shape, DTYPES[info.dtype])
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = array.reshape(-1).view(np.uint8).data
     with open(info.file, "rb", buffering=0) as file:
         file.seek(info.start)
         done = 0

@@ -21,7 +21,13 @@ _YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 # Hugging Face configs in the form of the published ones; the numbers in `sliding_window` are switched off there too.
 VARIANTS = {
     "qwen2_tied": _BASE
-    | {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6, "sliding_window": 16, "max_window_layers": 1},
+    | {
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "rope_theta": 1e6,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+    },
     "qwen2_untied": _BASE
     | {"model_type": "qwen2", "tie_word_embeddings": False, "rope_theta": 10000.0, "num_key_value_heads": 1},
     "qwen2_yarn": _BASE
