@@ -168,7 +168,7 @@ def language_model(config: QwenConfig) -> LanguageModel:
         hidden_BTD, cache = qwen.cached_hidden_states(config, params, tokens_BT, positions_BT, cache)
         return hidden_BTD, _constrained(cache)
 
-    def logits(params: Params, hidden: jax.Array) -> jax.Array:
+    def logits(params: Params, hidden: jax.Array) -> Array:
         return constrain(qwen.logits(config, params, hidden), "batch", *[None] * (hidden.ndim - 2), "vocab")
 
     return LanguageModel(
@@ -192,7 +192,7 @@ def _prepare(config: QwenConfig, params: Params) -> Params:
     """
     if isinstance(params["layers"], tuple):
         return params
-    rest = {name: x for name, x in params.items() if name != "layers"}
+    rest = {name: jnp.asarray(x) for name, x in params.items() if name != "layers"}
     cast = {name: x for name, x in rest.items() if _cast_to(config, name, x) != x.dtype}
     return rest | dict(_unstack_and_cast(config, {"layers": params["layers"], **cast}))
 

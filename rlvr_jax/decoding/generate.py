@@ -50,7 +50,7 @@ class LanguageModel(NamedTuple):
     """
 
     forward: Callable[..., tuple[jax.Array, Cache]]
-    logits: Callable[..., jax.Array]
+    logits: Callable[..., Array]
     init_cache: Callable[[int, int], Cache]
     grow_cache: Callable[[Cache, int], Cache]
     repeat_cache: Callable[[Cache, int], Cache]
@@ -175,12 +175,12 @@ def decode(
 
 def row_keys(seed_2: Array, problem_B: Array, sample_B: Array) -> jax.Array:
     """uint32 [B, 2]: the key of each row, key(seed) with the problem and then the sample folded in."""
-    key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
+    key = jax.random.wrap_key_data(jnp.asarray(seed_2), impl="threefry2x32")
 
     def row_key(problem: jax.Array, sample: jax.Array) -> jax.Array:
         return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, problem), sample))
 
-    return jax.vmap(row_key)(problem_B, sample_B)
+    return jax.vmap(row_key)(jnp.asarray(problem_B), jnp.asarray(sample_B))
 
 
 def step_keys(state: DecodeState, role: int) -> jax.Array:
@@ -192,7 +192,7 @@ def step_keys(state: DecodeState, role: int) -> jax.Array:
 def next_logits(model: LanguageModel, params: Params, state: DecodeState, index: int) -> tuple[jax.Array, Cache]:
     """Feeds each row's newest token to model number `index`: float32 logits [B, V] and the model's new cache."""
     hidden_BTD, cache = model.forward(params, state.last_B[:, None], state.position_B[:, None], state.caches[index])
-    return model.logits(params, hidden_BTD[:, 0]), cache
+    return jnp.asarray(model.logits(params, hidden_BTD[:, 0])), cache
 
 
 def active_sampling(state: DecodeState, rows_B: jax.Array | None = None) -> Sampling:
@@ -204,7 +204,7 @@ def active_sampling(state: DecodeState, rows_B: jax.Array | None = None) -> Samp
 
 
 def commit(
-    state: DecodeState, token_B: jax.Array, caches: tuple[Cache, ...], stop_S: jax.Array, out: dict[str, jax.Array]
+    state: DecodeState, token_B: jax.Array, caches: tuple[Cache, ...], stop_S: Array, out: dict[str, jax.Array]
 ) -> tuple[DecodeState, dict[str, jax.Array]]:
     """Ends a step: the state after `token_B`, and what the step reports, 0 in frozen rows."""
     active_B = state.active_B
@@ -251,7 +251,7 @@ def run_chunk(
     _, state, buffers = jax.lax.while_loop(unfinished, body, (0, state, buffers))
     report = buffers | {"lengths": state.length_B, "finished": state.finished_B}
     # Replicated, so that every process of a cluster can read all of it.
-    return state, {name: constrain(value, *[None] * value.ndim) for name, value in report.items()}
+    return state, {name: jnp.asarray(constrain(value, *[None] * value.ndim)) for name, value in report.items()}
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnames=("state",))
@@ -322,11 +322,11 @@ def _start(models: tuple[LanguageModel, ...], size: int, params: tuple[Params, .
     return state._replace(caches=tuple(m.grow_cache(cache, size) for m, cache in zip(models, caches, strict=True)))
 
 
-def _prefill(model: LanguageModel, params: Params, tokens_BP: jax.Array) -> Cache:
+def _prefill(model: LanguageModel, params: Params, tokens_BP: Array) -> Cache:
     rows, length = tokens_BP.shape
     cache = model.init_cache(rows, length)
 
-    def write(cache: Cache, begin: jax.Array | int, tokens_BT: jax.Array) -> Cache:
+    def write(cache: Cache, begin: jax.Array | int, tokens_BT: Array) -> Cache:
         positions_T = begin + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         return model.forward(params, tokens_BT, jnp.broadcast_to(positions_T, tokens_BT.shape), cache)[1]
 
