@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 
@@ -342,3 +343,39 @@ def test_peak_host_memory(tmp_path):
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=env)
     assert int(out.stdout) < 1.25 * size / 2, f"grew by {int(out.stdout) / 1e6:.0f} MB, file of {size / 1e6:.0f} MB"
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Each process loads only its part of a mesh over both; saving gathers; a refusal reaches both, none waits."""
+    write_folder(tmp_path / "m")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = f"""
+import os, sys
+import jax, jax.numpy as jnp
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("127.0.0.1:{port}", 2, int(sys.argv[1]))
+from rlvr_jax.models.hf import load_hf, save_hf
+from rlvr_jax.sharding import make_mesh
+config, params = load_hf({str(tmp_path / "m")!r}, dtype=jnp.float32, mesh=make_mesh(1, 2, 2))
+here = sum(s.data.nbytes for s in params["layers"]["q_proj"].addressable_shards)
+print("part", here / params["layers"]["q_proj"].nbytes)
+save_hf({str(tmp_path / "out")!r}, config, params, max_shard_bytes=9000)
+try:
+    save_hf({str(tmp_path / "out")!r}, config, params)
+except FileExistsError as error:
+    print("refused", error)
+"""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", program, str(i)], env=env, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    for run in runs:
+        out, _ = run.communicate(timeout=200)
+        assert run.returncode == 0
+        assert "part 0.5" in out
+        assert "refused" in out
+    assert_same_bits(load_hf(tmp_path / "m", dtype=None)[1], load_hf(tmp_path / "out", dtype=None)[1])

@@ -255,12 +255,11 @@ def save_hf(
     stored = np.dtype(params["embed"].dtype if dtype is None else dtype)
     if stored not in DTYPES.values():
         raise ValueError(f"save_hf: dtype is {stored}, expected one of {', '.join(map(str, DTYPES.values()))}")
-    occupied = folder.is_dir() and any(folder.iterdir())
-    if writer and folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: is a file, expected a folder to write to")
-    if writer and occupied and not overwrite and _checkpoint_files(folder):
-        names = ", ".join(_checkpoint_files(folder))
-        raise FileExistsError(f"{folder}: already holds a checkpoint ({names}); pass overwrite=True to replace it")
+    refusal = _refusal(folder, overwrite) if writer else ""
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(bool(refusal))):
+        refusal = refusal or f"{folder}: refused by the first process"  # or the others would wait for it
+    if refusal:
+        raise FileExistsError(refusal)
 
     temporary = folder.resolve().with_name(f".{folder.resolve().name}.{os.getpid()}.tmp")
     try:
@@ -273,6 +272,17 @@ def save_hf(
     finally:
         if writer:
             shutil.rmtree(temporary, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_hf")  # nobody reads before it is whole
+
+
+def _refusal(folder: Path, overwrite: bool) -> str:
+    """Why the folder may not be written to; empty when it may."""
+    if folder.exists() and not folder.is_dir():
+        return f"{folder}: is a file, expected a folder to write to"
+    if folder.is_dir() and not overwrite and (present := _checkpoint_files(folder)):
+        return f"{folder}: already holds a checkpoint ({', '.join(present)}); pass overwrite=True to replace it"
+    return ""
 
 
 def _check_params(config: QwenConfig, params: Params) -> None:
