@@ -41,7 +41,7 @@ test-slow: setup  ## the long checks
 
 test-parity: setup  ## installs torch, then compares live with transformers
 	@echo "[setup] installing torch for the live comparison ..."
-	@$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	@$(BIN)/python -m pip install --quiet -e ".[test,parity]"
 	$(PYTEST) -m parity $(ARGS)
 
 lint: setup  ## ruff and pyright

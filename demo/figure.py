@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from rlvr_jax.files import atomic_path
 
@@ -35,7 +36,7 @@ def draw(path: Path, *, metrics: Path, alone: Path, summaries: list[dict]) -> No
     plt.close(figure)
 
 
-def _training(axes: plt.Axes, metrics: Path) -> None:
+def _training(axes: Axes, metrics: Path) -> None:
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     evaluated = next(key for record in records for key in record if key.startswith("avg@") and "_" not in key)
     for kind, name, label, colour in (
@@ -55,13 +56,13 @@ def _training(axes: plt.Axes, metrics: Path) -> None:
     axes.legend(frameon=False)
 
 
-def _histogram(axes: plt.Axes, alone: Path) -> None:
+def _histogram(axes: Axes, alone: Path) -> None:
     bins = np.linspace(-4, 4, 81)
     for name, label, colour in (("base", "on base's responses", BASE), ("rl", "on rl's responses", RL)):
         column = pq.read_table(alone / name / "tokens.parquet", columns=["delta_logp"])["delta_logp"]
         dlogp = np.clip(column.combine_chunks().flatten().to_numpy(), bins[0], bins[-1])
         axes.hist(
-            dlogp, bins, weights=np.full(dlogp.size, 100 / dlogp.size), histtype="step", color=colour, label=label
+            dlogp, list(bins), weights=np.full(dlogp.size, 100 / dlogp.size), histtype="step", color=colour, label=label
         )
     axes.set(
         xlabel=r"$\Delta\log p = \log\pi_{RL} - \log\pi_{Base}$ (nats; ends collect the tails)",
@@ -72,7 +73,7 @@ def _histogram(axes: plt.Axes, alone: Path) -> None:
     axes.legend(frameon=False)
 
 
-def _replacement(axes: plt.Axes, by_name: dict[str, dict]) -> None:
+def _replacement(axes: Axes, by_name: dict[str, dict]) -> None:
     for criterion, colour in COLOURS.items():
         points = sorted(
             (100 * s["share_selected"], 100 * s["avg_at_k"], [100 * bound for bound in s["interval"]])

@@ -17,7 +17,7 @@ from rlvr_jax.data.problems import read_problems
 from rlvr_jax.data.text import encode_chat, load_tokenizer
 from rlvr_jax.direction import criterion_value
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.models.qwen import Qwen
+from rlvr_jax.models.qwen import hidden_states, logits
 
 SHARES = {
     "delta_logp": (0.01, 0.025, 0.05, 0.1),
@@ -79,10 +79,11 @@ def calibrate(base: str, rl: str, problems: str, tokens: Path, shares: dict[str,
     @jax.jit
     def values(params_base, params_rl, tokens_BT):
         logp_base, logp_rl = (
-            jax.nn.log_softmax(Qwen(config).apply({"params": params}, tokens_BT))[:, :-1].reshape(-1, config.vocab_size)
+            jax.nn.log_softmax(logits(config, params, hidden_states(config, params, tokens_BT)[:, :-1]))
             for (config, _), params in zip(pair, (params_base, params_rl), strict=True)
         )
-        return {name: criterion_value(name, logp_base, logp_rl, tokens_BT[:, 1:].reshape(-1)) for name in measured}
+        flat = (*(x.reshape(-1, x.shape[-1]) for x in (logp_base, logp_rl)), tokens_BT[:, 1:].reshape(-1))
+        return {name: criterion_value(name, *flat) for name in measured}
 
     collected: dict[str, list[np.ndarray]] = {name: [] for name in measured}
     for start in range(0, len(rows), 256):

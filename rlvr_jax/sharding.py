@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,7 +85,7 @@ class ShardingRules:
         return PartitionSpec(*entries)
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh with the axes `data`, `fsdp` and `tensor` (Auto axis types) over all devices, or over `devices`.
 
     At most one size may be -1: it takes what the others leave. Use it as `with jax.set_mesh(make_mesh(...)):`.
