@@ -78,12 +78,14 @@ def calibrate(base: str, rl: str, problems: str, tokens: Path, shares: dict[str,
 
     @jax.jit
     def values(params_base, params_rl, tokens_BT):
-        logp_base, logp_rl = (
-            jax.nn.log_softmax(logits(config, params, hidden_states(config, params, tokens_BT)[:, :-1]))
+        logp_base_NV, logp_rl_NV = (
+            jax.nn.log_softmax(logits(config, params, hidden_states(config, params, tokens_BT)[:, :-1])).reshape(
+                -1, config.vocab_size
+            )
             for (config, _), params in zip(pair, (params_base, params_rl), strict=True)
         )
-        flat = (*(x.reshape(-1, x.shape[-1]) for x in (logp_base, logp_rl)), tokens_BT[:, 1:].reshape(-1))
-        return {name: criterion_value(name, *flat) for name in measured}
+        token_N = tokens_BT[:, 1:].reshape(-1)
+        return {name: criterion_value(name, logp_base_NV, logp_rl_NV, token_N) for name in measured}
 
     collected: dict[str, list[np.ndarray]] = {name: [] for name in measured}
     for start in range(0, len(rows), 256):
