@@ -253,6 +253,7 @@ def test_epochs_masks_and_the_reference_model(place):
             "eval__every": 0,
             "optim__warmup": 0,
             "log__rollouts": 1,
+            "checkpoint__export_every": 1,
         },
     )
     assert {r["kind"] for r in records} == {"train"}
@@ -262,7 +263,9 @@ def test_epochs_masks_and_the_reference_model(place):
     assert records[0]["delta_logp"] == pytest.approx(0, abs=1e-5)  # the base model is the policy
     assert 0 < records[0]["loss_token_share"] < 1
     assert len(rows_of(place / "few" / "rollouts" / "step_000001.jsonl")) == 4
-    assert (place / "few" / "hf" / "model.safetensors").exists()
+    last = records[-1]["trainer_steps"]
+    weights = [(place / "few" / name / "model.safetensors").read_bytes() for name in ("hf", f"hf_step_{last}")]
+    assert weights[0] == weights[1]
 
 
 def program(place, run_dir, monkeypatch, capsys, **changes):

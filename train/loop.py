@@ -1,6 +1,7 @@
 """The training loop: collect, train, log, evaluate, checkpoint, export."""
 
 import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class _Run:
         self.metrics = MetricLog(self.folder, after_step=job.resume_from, tensorboard=config.log.tensorboard)
         stack.callback(self.metrics.close)
         self.display = stack.enter_context(Display(console, total=config.steps, done=self.trainer_steps, shown=SHOWN))
-        self.bad_steps = 0
+        self.bad_steps, self.exported_step = 0, None
 
     def run(self) -> None:
         """Trainer steps until the steps or the data are used up; then the export."""
@@ -80,7 +81,8 @@ class _Run:
             self.display.line(f"resumed {self.folder} after trainer step {self.trainer_steps}")
         elif self.config.eval.every:
             self._evaluate()
-        while self.trainer_steps != self.config.steps:
+        steps = math.inf if self.config.steps is None else self.config.steps
+        while self.trainer_steps < steps:
             start = time.monotonic()
             collected = self.collector.collect(self._rollout_params(), self.trainer_steps, self.display.phase)
             if not collected.groups:
@@ -92,7 +94,7 @@ class _Run:
             self._log("train", collected.metrics | outcome.metrics | seconds)
             self._dump(collected.groups, outcome)
             self._stop_if_not_finite(outcome.metrics)
-            self._after_step(last=self.trainer_steps == self.config.steps or self.collector.done)
+            self._after_step(last=self.trainer_steps >= steps or self.collector.done)
         self._after_step(last=True)
         self._export(self.folder / "hf")
         self.display.line(
@@ -109,8 +111,9 @@ class _Run:
         if (last or (every and step % every == 0)) and self.checkpoints.latest != step:
             self._save()
         every = config.checkpoint.export_every
-        if every and step and step % every == 0:
+        if every and step and step % every == 0 and self.exported_step != step:
             self._export(self.folder / f"hf_step_{step}")
+            self.exported_step = step
 
     def _rollout_params(self) -> Any:
         """The policy's weights as decoding wants them: compute dtype, one dict a layer. They follow every update."""
