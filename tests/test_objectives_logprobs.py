@@ -1,5 +1,6 @@
 """Token log-probabilities: hand values, float64, gradients, and the absence of a [B, T, V] array when chunked."""
 
+import functools
 import math
 import re
 
@@ -293,3 +294,23 @@ def test_inside_shard_map_on_each_devices_rows():
     got = gradients_of(mapped, weight)(hidden, unembed, targets)
     expected = gradients_of(full_logprobs, weight)(hidden, unembed, targets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize("chunk", [8, 1024])
+def test_bfloat16_gradients_run_on_cpu_and_agree_with_float32(chunk):
+    # One chunk alone is a program of its own: XLA unrolls the loop, and its CPU backend lacks that bfloat16 product.
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(16, 24, 32)), jnp.bfloat16)
+    unembed = jnp.asarray(rng.normal(size=(32, 50)), jnp.bfloat16)
+    targets = jnp.asarray(rng.integers(50, size=(16, 24)))
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(hidden, unembed):
+        return chunked_logprobs(hidden, unembed, targets, chunk=chunk).sum()
+
+    for low, full in zip(
+        gradients(hidden, unembed), gradients(hidden.astype(jnp.float32), unembed.astype(jnp.float32)), strict=True
+    ):
+        assert low.dtype == jnp.bfloat16
+        np.testing.assert_allclose(low.astype(jnp.float32), full, atol=0.01 * float(jnp.abs(full).max()))

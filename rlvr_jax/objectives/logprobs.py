@@ -126,8 +126,8 @@ def _backward(width: int, entropy: bool, saved, cotangents):
             d_scores_RCV -= _slice(d_entropy_RS[0], start, width)[..., None] * p_RCV * (logp_RCV + entropy_RC1)
         d_temperature_R11 = -jnp.sum(d_scores_RCV * scores_RCV, axis=(1, 2), keepdims=True) / temperature_R11
         d_logits_RCV = (d_scores_RCV / temperature_R11).astype(hidden_RSD.dtype)
-        d_hidden_RCD = jnp.einsum("rcv,dv->rcd", d_logits_RCV, unembed, preferred_element_type=accumulator)
-        d_unembed_DV += jnp.einsum("rcd,rcv->dv", hidden_RCD, d_logits_RCV, preferred_element_type=accumulator)
+        d_hidden_RCD = _product("rcv,dv->rcd", d_logits_RCV, unembed)
+        d_unembed_DV += _product("rcd,rcv->dv", hidden_RCD, d_logits_RCV)
         return d_unembed_DV, (d_hidden_RCD.astype(hidden_RSD.dtype), d_temperature_R11)
 
     starts = jnp.arange(0, targets_RS.shape[1], width)
@@ -141,8 +141,21 @@ _scan_chunks.defvjp(_forward, _backward)
 
 
 def _scores(hidden_RCD, unembed_DV, temperature_R11):
-    logits = jnp.einsum("rcd,dv->rcv", hidden_RCD, unembed_DV, preferred_element_type=_accumulator(hidden_RCD))
-    return logits / temperature_R11
+    return _product("rcd,dv->rcv", hidden_RCD, unembed_DV) / temperature_R11
+
+
+def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum in the operands' dtype with a result of at least float32."""
+    accumulator = _accumulator(x)
+    direct = functools.partial(jnp.einsum, spec, preferred_element_type=accumulator)
+    if x.dtype == accumulator:
+        return direct(x, y)
+
+    def widened(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, x.astype(accumulator), y.astype(accumulator))
+
+    # XLA's CPU backend has no bfloat16 product with a float32 result for some shapes, and fails when it runs.
+    return jax.lax.platform_dependent(x, y, cpu=widened, default=direct)
 
 
 def _is_target(targets_RS, start, width: int, scores_RCV):
