@@ -11,7 +11,7 @@ from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.evaluation import avg_at_k, avg_per_problem, bootstrap_interval, pass_at_k
 from rlvr_jax.rewards.pool import GraderPool
 from train.config import Config
-from train.rollout import Decoder
+from train.rollout import Decoder, eval_seed
 
 
 def distinct(problems: list[Problem]) -> list[Problem]:
@@ -45,7 +45,7 @@ def evaluate(
         n=settings.n,
         temperature=settings.temperature,
         top_p=settings.top_p,
-        seed=settings.seed,
+        seed=eval_seed(settings.seed),
     )
     seconds = time.monotonic() - start
     samples = [

@@ -184,7 +184,7 @@ class _Run:
     def _save(self) -> None:
         self.display.phase("save")
         collector, arrays = self.collector.get_state()
-        host = {"config": config_dict(self.config), "trainer_steps": self.trainer_steps, "collector": collector}
+        host = {"config": self.job.record, "trainer_steps": self.trainer_steps, "collector": collector}
         self.checkpoints.save(self.trainer_steps, self.trainer.state, host=host, arrays=arrays)
 
     def _restore(self, step: int) -> None:

@@ -1,6 +1,8 @@
 """Everything about a run that can be checked before the long work starts: one clear sentence, exit code 2."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -40,6 +42,8 @@ class Job:
     train: PromptSet
     val: PromptSet | None
     mesh: Mesh
+    record: dict
+    """What a checkpoint is compared with: the configuration and a fingerprint of the training problems as tokens."""
     resume_from: int | None
 
 
@@ -74,6 +78,9 @@ def check(config: Config) -> Job:
     if config.reward.rule not in RULES:
         with GraderPool(workers=1, timeout_s=config.reward.timeout_s) as pool:
             pool.grade(config.reward.rule, [""], [""])  # a rule of one's own must at least be there
+    record = config_dict(config) | {
+        "data_sha256": fingerprint(json.dumps([train.tokens, [p.answer for p in train.problems]]).encode())
+    }
     return Job(
         config=config,
         model_folder=folder,
@@ -83,7 +90,8 @@ def check(config: Config) -> Job:
         train=train,
         val=val,
         mesh=mesh,
-        resume_from=resumable(config.run_dir, config_dict(config), MAY_CHANGE),
+        record=record,
+        resume_from=resumable(config.run_dir, record, MAY_CHANGE),
     )
 
 
@@ -143,6 +151,16 @@ def check_values(config: Config) -> None:
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+    bounds = {
+        "algorithm.clip_low": (algorithm.clip_low, 0 <= algorithm.clip_low < 1, "from 0 to below 1"),
+        "algorithm.clip_high": (algorithm.clip_high, 0 <= algorithm.clip_high < math.inf, "from 0 up"),
+        "algorithm.clip_dual": (algorithm.clip_dual, 1 < algorithm.clip_dual < math.inf, "above 1"),
+        "algorithm.reweight.alpha": (algorithm.reweight.alpha, math.isfinite(algorithm.reweight.alpha), "finite"),
+        "rollout.top_k": (rollout.top_k, rollout.top_k >= 0, "0 (off) or more"),
+    }
+    for name, (value, valid, expected) in bounds.items():
+        if not valid:
+            raise ValueError(f"{name}={value}: expected a number {expected}")
     if algorithm.reweight.kind == "inverse" and not algorithm.reweight.alpha > 0:
         raise ValueError(f"algorithm.reweight.alpha={algorithm.reweight.alpha}: 'inverse' needs more than 0")
     for name, mask in masks.items():
@@ -168,8 +186,9 @@ def check_values(config: Config) -> None:
         )
     if config.reward.rule not in RULES and ":" not in config.reward.rule:
         raise ValueError(f"reward.rule={config.reward.rule!r}: expected {', '.join(RULES)} or 'module:function'")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed={config.seed}: expected 0 to 2**32 - 1")
+    for name, value in {"seed": config.seed, "eval.seed": config.eval.seed}.items():
+        if not 0 <= value < 2**31:
+            raise ValueError(f"{name}={value}: expected 0 to 2**31 - 1")
 
 
 def model_folder(path: str) -> Path:
@@ -223,7 +242,15 @@ def mesh_for(sizes: MeshConfig, rows: int, what: str) -> Mesh:
     return mesh
 
 
-def resumable(run_dir: str, config: dict, may_change: Sequence[str]) -> int | None:
+def fingerprint(*parts: bytes) -> str:
+    """SHA-256 of the data that a run trains on."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def resumable(run_dir: str, record: dict, may_change: Sequence[str]) -> int | None:
     """Step of the newest checkpoint in a run's folder; ValueError if it was made with another configuration."""
     folder = Path(run_dir) / "checkpoints"
     if not folder.is_dir():
@@ -231,7 +258,7 @@ def resumable(run_dir: str, config: dict, may_change: Sequence[str]) -> int | No
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.latest
         if step is not None:
-            require_same_config(checkpoints.host(step)["config"], config, may_change=may_change)
+            require_same_config(checkpoints.host(step)["config"], record, may_change=may_change)
         return step
 
 

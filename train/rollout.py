@@ -107,6 +107,16 @@ class Decoder:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def rollout_seed(seed: int, generation_batch: int) -> int:
+    """The seed of a generation batch: another one for every batch, and none that `eval_seed` gives."""
+    return (2 * seed << 32) + generation_batch
+
+
+def eval_seed(seed: int) -> int:
+    """The seed of every evaluation."""
+    return 2 * seed + 1 << 32
+
+
 class Collector:
     """Collects the groups of each trainer step; its state goes into the checkpoint.
 
@@ -182,7 +192,7 @@ class Collector:
         generations = self._decoder(
             params,
             [self._prompts.tokens[i] for i in chosen],
-            [self._prompts.problems[i].index for i in chosen],
+            range(len(chosen)),  # a prompt may come twice in a batch, at the edge of an epoch
             prompt_length=self.prompt_length,
             at_once=rollout.prompts_at_once,
             on_tokens=lambda tokens: on_phase(f"rollout {tokens / (time.monotonic() - start):,.0f} tokens/s"),
@@ -190,8 +200,7 @@ class Collector:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
-            # a problem that comes again in a later batch draws other random numbers
-            seed=(self._config.seed << 32) + number,
+            seed=rollout_seed(self._config.seed, number),
         )
         generated = time.monotonic()
         on_phase("grade")

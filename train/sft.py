@@ -43,7 +43,7 @@ from train.config import CheckpointConfig, MeshConfig
 from train.dapo import Apply, model_apply, response_logprobs
 from train.export import export
 from train.metrics import Display, MetricLog
-from train.prepare import mesh_for, model_folder, read_model_config, resumable
+from train.prepare import fingerprint, mesh_for, model_folder, read_model_config, resumable
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,8 @@ class SFTJob:
     loss_mask_NT: np.ndarray
     mesh: Mesh
     steps: int
+    record: dict
+    """What a checkpoint is compared with: the configuration and a fingerprint of the data as tokens."""
     resume_from: int | None
 
 
@@ -154,6 +156,7 @@ def check(config: SFTConfig) -> SFTJob:
         longest=tokens_NT.shape[1],
         what="the longest conversation",
     )
+    record = config_dict(config) | {"data_sha256": fingerprint(tokens_NT.tobytes(), loss_mask_NT.tobytes())}
     return SFTJob(
         config=config,
         model_folder=folder,
@@ -163,9 +166,10 @@ def check(config: SFTConfig) -> SFTJob:
         loss_mask_NT=loss_mask_NT,
         mesh=mesh_for(config.mesh, config.batch // config.micro_batches, "batch / micro_batches"),
         steps=config.steps or math.ceil(config.epochs * len(tokens_NT) / config.batch),
+        record=record,
         resume_from=resumable(
             config.run_dir,
-            config_dict(config),
+            record,
             # at a constant rate, more steps are the same run, longer
             (*MAY_CHANGE, *(("steps", "epochs") if config.optim.schedule == "constant" else ())),
         ),
@@ -261,8 +265,11 @@ def run(job: SFTJob) -> None:
             last = number + 1 == job.steps
             if last or (number + 1) % config.log_every == 0:
                 made = {name: float(x) for name, x in jax.device_get(made).items()}
-                if made["skipped"]:
-                    raise RunError(f"step {number + 1}: the loss or its gradient is not finite (loss {made['loss']})")
+                if skipped := number + 1 - int(state.step):
+                    raise RunError(
+                        f"step {number + 1}: the loss or its gradient was not finite in {skipped} steps since the last "
+                        f"record (loss now {made['loss']})"
+                    )
                 seconds = time.monotonic() - start
                 numbers = {
                     "trainer_steps": number + 1,
@@ -279,7 +286,7 @@ def run(job: SFTJob) -> None:
                 start, tokens = time.monotonic(), 0
             every = config.checkpoint.every
             if last or (every and (number + 1) % every == 0):
-                host = {"config": config_dict(config), "data": batches.get_state()}
+                host = {"config": job.record, "data": batches.get_state()}
                 checkpoints.save(number + 1, state, host=host)
         out, dtype = folder / "hf", config.checkpoint.export_dtype
         export(out, job.model_config, state.params, job.tokenizer, base=job.model_folder, dtype=dtype)

@@ -63,7 +63,7 @@ class Trainer:
             shardings=jax.tree.map(lambda x: x.sharding, self.state),
         )
         self._mesh = jax.tree.leaves(self.state.params)[0].sharding.mesh
-        self._key = jax.random.key(config.seed)
+        self._key = jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1)  # no row of a decode has this problem id
         self._mini_rows = algorithm.mini_batch * config.rollout.n
 
     @property

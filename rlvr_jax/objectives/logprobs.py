@@ -149,7 +149,8 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     accumulator = _accumulator(x)
     direct = functools.partial(jnp.einsum, spec, preferred_element_type=accumulator)
     if x.dtype == accumulator:
-        return direct(x, y)
+        # As in the model: float32 means float32 on accelerators too, or rollout and trainer would disagree.
+        return direct(x, y, precision=jax.lax.Precision.HIGHEST)
 
     def widened(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(spec, x.astype(accumulator), y.astype(accumulator))
