@@ -2,9 +2,9 @@
 
 A token is drawn by Gumbel-max in two levels, first a block of the vocabulary, then a token in it, so a draw costs
 V / 128 + 128 random numbers a row instead of V. Top-p is exact and needs no threshold: draw from the whole
-distribution, keep the token if the tokens more probable than it hold less than `top_p`, else draw again among those more
-probable ones. What is accepted is distributed as the renormalised nucleus, and as the set shrinks at every rejection the
-loop ends after two or three passes over the vocabulary for usual values of top_p.
+distribution, keep the token if the tokens more probable than it hold less than `top_p`, else draw again among those
+more probable ones. What is accepted is distributed as the renormalised nucleus, and as the set shrinks at every
+rejection the loop ends after two or three passes over the vocabulary for usual values of top_p.
 """
 
 from typing import NamedTuple
