@@ -27,8 +27,8 @@ class StubDecoder:
     def __call__(self, params, prompts, problem_ids, *, n, seed, **_):
         self.seeds.append(seed)
         made = []
-        for prompt, identity in zip(prompts, problem_ids, strict=True):
-            assert prompt[0] == identity
+        assert len(set(problem_ids)) == len(prompts)  # equal ids would draw equal random numbers
+        for (identity,) in prompts:
             lengths = np.arange(1, n + 1, dtype=np.int32)
             cells = (np.arange(8) < lengths[:, None]) * np.int32(identity)
             made.append(Generation(cells, cells * np.float32(-0.25), lengths, lengths < n))
