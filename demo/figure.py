@@ -26,7 +26,7 @@ BASE, RL = "#E69F00", "#0072B2"
 
 def draw(path: Path, *, metrics: Path, alone: Path, summaries: list[dict]) -> None:
     """Writes the figure (PNG) from the training run's metrics, the tokens of the models alone and all summaries."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.4), layout="constrained")
     by_name = {summary["setting"]: summary for summary in summaries}
     _training(left, metrics)
     _histogram(middle, alone)
@@ -92,4 +92,4 @@ def _replacement(axes: Axes, by_name: dict[str, dict]) -> None:
         ylabel="accuracy (%), 95% interval over problems",
         title="Base with some of rl's tokens",
     )
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
