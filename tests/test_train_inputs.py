@@ -1,0 +1,107 @@
+"""`python -m train` refuses bad input in one sentence, before any work."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+from test_train_program import ROOT, arguments
+
+from tests.tiny import tiny_checkpoint, write_tiny_problems
+from train import config as c
+from train.prepare import check_values, prepare
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inputs")
+    tiny_checkpoint(path / "model")
+    write_tiny_problems(path / "train.jsonl", 40)
+    write_tiny_problems(path / "val.jsonl", 8)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"model__path": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"data__train": "nowhere.parquet"}, r"nowhere\.parquet: no such file"),
+        ({"data__val": "nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
+        ({"rollout__n": 0}, r"rollout\.n=0: expected at least 1"),
+        ({"rollout__n": 1}, r"rollout\.n=1 with algorithm\.dynamic_sampling"),
+        ({"algorithm__mini_batch": 3}, r"algorithm\.mini_batch=3 does not divide algorithm\.train_batch=4"),
+        ({"algorithm__micro_batches": 3}, r"algorithm\.micro_batches=3 does not divide the 8 rows"),
+        ({"algorithm__micro_batches": 2}, r"= 4 rows do not divide over the 8 shards"),
+        (
+            {"algorithm__reweight__kind": "low_probability"},
+            r"algorithm\.reweight\.kind='low_probability': expected one of",
+        ),
+        ({"algorithm__loss_mask__kind": "low"}, r"algorithm\.loss_mask\.kind='low': expected one of"),
+        ({"algorithm__aggregation": "mean"}, r"algorithm\.aggregation='mean': expected one of"),
+        ({"data__max_prompt": 4, "data__too_long": "error"}, "max_tokens = 4"),
+        ({"rollout__max_response": 250}, r"rollout\.max_response=250 is \d+ tokens: expected at most .*256"),
+        ({"reward__overlong_buffer": 17}, r"reward\.overlong_buffer=17: expected 0 to rollout\.max_response=16"),
+        ({"reward__rule": "guess"}, r"reward\.rule='guess'"),
+        ({"reward__rule": "tests.tiny_rules:nothing"}, "nothing"),
+        ({"rollout__temperature": 0}, r"rollout\.temperature=0"),
+        ({"rollout__top_p": 0}, r"rollout\.top_p=0"),
+        ({"optim__lr": "nan"}, r"optim\.lr=nan"),
+        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"mesh__tensor": 3}, "mesh"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(place, changes, match):
+    with pytest.raises((ValueError, OSError), match=match):
+        prepare(arguments(place, place / "refused", **changes))
+    assert not (place / "refused").exists()
+
+
+def test_a_folder_without_weights(place):
+    (place / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no \.safetensors file"):
+        prepare(arguments(place, place / "refused", model__path=place / "empty"))
+
+
+def test_empty_problem_file(place):
+    (place / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: no rows"):
+        prepare(arguments(place, place / "refused", data__train=place / "empty.jsonl"))
+
+
+def test_usage_errors_from_the_command_line(place):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    for extra, expected in ((["--optim.lrr", "1"], "lrr"), (["--rollout.n", "0"], "error: rollout.n=0")):
+        done = subprocess.run(
+            [sys.executable, "-m", "train", *arguments(place, place / "refused"), *extra],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2, done.stderr
+        assert expected in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+ALGORITHM, REWEIGHT = c.AlgorithmConfig(), c.ReweightConfig(alpha=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("algorithm.clip_dual=0.5", {"algorithm": dataclasses.replace(ALGORITHM, clip_dual=0.5)}),
+        ("algorithm.clip_low=-0.3", {"algorithm": dataclasses.replace(ALGORITHM, clip_low=-0.3)}),
+        ("algorithm.clip_low=1.5", {"algorithm": dataclasses.replace(ALGORITHM, clip_low=1.5)}),
+        ("algorithm.reweight.alpha=nan", {"algorithm": dataclasses.replace(ALGORITHM, reweight=REWEIGHT)}),
+        ("rollout.top_k=-1", {"rollout": c.RolloutConfig(top_k=-1)}),
+        ("eval.seed=-1", {"eval": c.EvalConfig(seed=-1)}),
+    ],
+)
+def test_values_out_of_bounds_are_refused(key, changes):
+    good = c.Config(model=c.ModelConfig(path="x"), data=c.DataConfig(train="x"))
+    check_values(good)
+    with pytest.raises(ValueError, match=f"^{key}: expected") as error:
+        check_values(dataclasses.replace(good, **changes))
+    assert key in str(error.value)
