@@ -33,7 +33,7 @@ def test_float32_scoring_multiplies_in_float32(entropy):
     for function, least in ((total, 1), (jax.value_and_grad(total, (0, 1)), 4)):
         made = products(jax.make_jaxpr(function)(*shapes).jaxpr)
         assert len(made) >= least  # a gradient: the scores, the scores again, and one for each operand
-        assert all(set(x["precision"]) == {jax.lax.Precision.HIGHEST} for x in made)
+        assert all(set(x["precision"] or ()) == {jax.lax.Precision.HIGHEST} for x in made)
 
 
 def test_the_tail_of_a_sharp_distribution_is_drawn_at_its_rate():
