@@ -38,6 +38,8 @@ def read_inputs(config: DecodeConfig) -> Inputs:
       ValueError, OSError: one sentence naming the file or key: a missing or empty file, a vocabulary mismatch between
         base and rl, a prompt longer than allowed.
     """
+    if not Path(config.problems).is_file():  # before a model is downloaded
+        raise ValueError(f"{config.problems}: no such file")
     used = {setting.model for setting in config.settings}
     folders = {
         role: _model_folder(role, path)

@@ -77,8 +77,6 @@ def run(job: Job) -> None:
     try:
         with job.lock:
             _run(job)
-    except KeyboardInterrupt as error:
-        raise RunError("interrupted; the same command goes on where this run stopped") from error
     except OSError as error:
         raise RunError(f"{error}; the same command goes on where this run stopped") from error
     except jax.errors.JaxRuntimeError as error:
@@ -92,12 +90,12 @@ def run(job: Job) -> None:
 
 def _run(job: Job) -> None:
     config, out = job.config, job.out
-    write_config(out, config, job.inputs.fingerprints)
     batches = plan(len(job.inputs.problems), config.n, config.batch_rows)
     runs = [_SettingRun(job, setting, batches) for setting in config.settings]
     models: Models = {}
     if any(run.done < run.total for run in runs):
         models = {role: _load(job, role) for role in job.inputs.folders}
+    write_config(out, config, job.inputs.fingerprints)  # after the models: one that cannot be read claims no folder
     summaries = []
     progress = DecodeProgress(sum(run.total for run in runs), sum(run.done for run in runs))
     with progress, GraderPool(config.grader_workers) as pool:
@@ -112,9 +110,10 @@ def _run(job: Job) -> None:
 
 
 def _mesh(sizes: MeshConfig) -> Mesh | None:
-    if len(jax.devices()) == 1 or (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
+    if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
         return None
-    return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    return None if mesh.size == 1 else mesh
 
 
 def _load(job: Job, role: str) -> tuple[LanguageModel, Any]:

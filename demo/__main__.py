@@ -16,7 +16,7 @@ import tyro
 
 from decode.summary import summary_table
 from demo import figure, study, task
-from rlvr_jax.files import atomic_path
+from rlvr_jax.files import atomic_path, write_json
 from rlvr_jax.program import RunError, config_dict, console, run_program
 
 STAGES = 6
@@ -53,7 +53,7 @@ def run(demo: Demo) -> None:
     started = time.monotonic()
     out = Path(demo.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.json").write_text(json.dumps(config_dict(demo)))
+    write_json(out / "demo.json", config_dict(demo))
     base, rl, problems = out / "base" / "hf", out / "dapo" / "hf", out / "task" / "test.parquet"
 
     stage(1, "the task: problems, demonstrations, tokenizer")

@@ -181,5 +181,5 @@ def write_task(folder: Path, task: Task, *, clean_rows: int, mixed_rows: int, tr
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     test_rows = problem_rows(task, test, 3)
     held_out = frozenset(row["prompt"][0]["content"] for row in test_rows)
-    write_problems(folder / "test.parquet", test_rows)
     write_problems(folder / "train.parquet", problem_rows(task, train, 4, exclude=held_out))
+    write_problems(folder / "test.parquet", test_rows)  # last: its presence says that all is there

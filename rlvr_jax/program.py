@@ -39,6 +39,7 @@ def parse_config(config_type: type[C], argv: Sequence[str], *, prog: str, descri
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     known, flags = parser.parse_known_args(list(argv))
+    description += "\n\n--config FILE.py: a recipe, a Python file that defines `config`; flags override it."
     if known.config is None:
         return tyro.cli(config_type, args=flags, prog=prog, description=description)
     default = read_config(config_type, known.config)
@@ -51,8 +52,8 @@ def read_config(config_type: type[C], path: str | os.PathLike[str]) -> C:
         raise ValueError(f"--config {path}: no such file")
     try:
         config = runpy.run_path(str(path)).get("config")
-    except (TypeError, ValueError, NameError, SyntaxError, ImportError, AttributeError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
+    except Exception as error:  # whatever a recipe raises is a fault of that file
+        raise ValueError(f"--config {path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, config_type):
         raise ValueError(f"--config {path}: `config` must be a {config_type.__name__}, it is {type(config).__name__}")
     return config
@@ -62,7 +63,8 @@ def run_program(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], No
     """Runs a program: `prepare` checks all input before any long work starts, `run` does the work.
 
     Returns:
-      0; 2 when `prepare` raises ValueError or OSError; 1 when `run` raises RunError; each with one sentence on stderr.
+      0; 2 when `prepare` raises ValueError or OSError; 1 when `run` raises RunError or OSError, or is interrupted; each
+      with one sentence on stderr.
       Any other exception propagates with its traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
@@ -72,8 +74,10 @@ def run_program(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], No
         return _fail(error, USAGE_ERROR)
     try:
         run(job)
-    except RunError as error:
+    except (RunError, OSError) as error:
         return _fail(error, RUN_ERROR)
+    except KeyboardInterrupt:
+        return _fail(RunError("interrupted; the same command goes on from what is saved"), RUN_ERROR)
     return 0
 
 

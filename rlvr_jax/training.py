@@ -68,8 +68,8 @@ def make_train_step(
 
     Returns:
       The step. Its metrics are `loss` (the mean), `weight`, `grad_norm` (global, before clipping), `skipped` (1 where
-      a non-finite loss or gradient norm left the state unchanged) and loss_fn's own, each sum / weight (0 where the
-      weight is 0). A batch of weight 0 leaves the state unchanged too.
+      a non-finite loss, gradient norm or update left the state unchanged) and loss_fn's own, each sum / weight (0 where
+      the weight is 0). A batch of weight 0 leaves the state unchanged too.
 
     Raises:
       ValueError: micro_batches < 1, or (when first called) rows that micro_batches does not divide.
@@ -106,8 +106,8 @@ def make_train_step(
         grads = jax.tree.map(lambda g, p: (g / _divisor(weight)).astype(p.dtype), grads, state.params)
         grads = placed(grads)
         loss, grad_norm = total / _divisor(weight), optax.global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(updates))
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         new = jax.tree.map(lambda a, b: jnp.where(finite & (weight > 0), a, b), new, state)
         metrics = {name: value / _divisor(count) for name, (value, count) in extra.items()}

@@ -84,6 +84,17 @@ def test_a_non_finite_gradient_leaves_the_state_as_it_was(bad):
     assert np.isfinite(metrics["loss"])
 
 
+def test_a_non_finite_update_leaves_the_state_as_it_was():
+    params, batch = linear_problem()
+    optimizer = optax.chain(optax.adamw(0.1), optax.scale(np.nan))  # loss and gradient are finite, the update is not
+    step = make_train_step(linear, optimizer, squares)
+    before = jax.tree.map(np.array, params)
+    state, metrics = step(TrainState.create(params, optimizer), batch)
+    assert metrics["skipped"] == 1
+    assert int(state.step) == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+
+
 def test_a_batch_of_weight_zero_changes_nothing():
     params, batch = linear_problem()
     optimizer = adamw()

@@ -28,7 +28,7 @@ SHOWN = {
     "groups": ("groups_trained", ".0f"),
     "entropy": ("entropy", ".3f"),
     "length": ("response_length", ".1f"),
-    "gap": ("rollout_gap_fresh_mean_abs", ".1e"),
+    "gap": ("rollout_gap_mean_abs", ".1e"),
     "tokens/s": ("rollout_tokens_per_s", ",.0f"),
     "s": ("seconds", ".1f"),
 }
@@ -197,7 +197,8 @@ class _Run:
         self.display.phase("export")
         job, dtype = self.job, self.config.checkpoint.export_dtype
         params = self.trainer.state.params
-        export(folder, job.model_config, params, job.tokenizer, base=job.model_folder, dtype=dtype)
+        source = job.model_folder
+        export(folder, job.model_config, params, job.tokenizer, base=source, tokenizer_folder=source, dtype=dtype)
 
     def _load(self, dtype: Any) -> Any:
         try:

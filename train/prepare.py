@@ -56,6 +56,9 @@ def prepare(argv: Sequence[str]) -> Job:
 def check(config: Config) -> Job:
     """As `prepare`, from a configuration."""
     check_values(config)
+    for path in filter(None, (config.data.train, config.data.val)):
+        if not Path(path).is_file():  # before a model is downloaded
+            raise ValueError(f"{path}: no such file")
     folder = model_folder(config.model.path)
     tokenizer = load_tokenizer(folder)
     suffix, repeats = config.data.prompt_suffix, "by_id" if config.data.deduplicate else "none"
@@ -157,6 +160,12 @@ def check_values(config: Config) -> None:
         "algorithm.clip_dual": (algorithm.clip_dual, 1 < algorithm.clip_dual < math.inf, "above 1"),
         "algorithm.reweight.alpha": (algorithm.reweight.alpha, math.isfinite(algorithm.reweight.alpha), "finite"),
         "rollout.top_k": (rollout.top_k, rollout.top_k >= 0, "0 (off) or more"),
+        "reward.timeout_s": (config.reward.timeout_s, 0 < config.reward.timeout_s < math.inf, "above 0"),
+        "reward.overlong_factor": (
+            config.reward.overlong_factor,
+            0 <= config.reward.overlong_factor < math.inf,
+            "from 0 up",
+        ),
     }
     for name, (value, valid, expected) in bounds.items():
         if not valid:
@@ -166,10 +175,7 @@ def check_values(config: Config) -> None:
     for name, mask in masks.items():
         if not 0 <= mask.quantile <= 1:
             raise ValueError(f"{name}.quantile={mask.quantile}: expected a number between 0 and 1")
-    positive = {"optim.lr": config.optim.lr, "optim.clip_norm": config.optim.clip_norm}
-    for name, value in positive.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name}={value}: expected a positive number")
+    check_optim(config.optim)
     if not rollout.temperature > 0:
         raise ValueError(
             f"rollout.temperature={rollout.temperature}: expected more than 0 (a greedy policy is no policy)"
@@ -197,6 +203,16 @@ def model_folder(path: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{path}: no .safetensors file in this folder")
     return folder
+
+
+def check_optim(optim: Any) -> None:
+    """Raises ValueError for optimizer settings that train nothing or spoil the weights."""
+    for name in ("lr", "clip_norm", "eps"):
+        if not 0 < getattr(optim, name) < math.inf:
+            raise ValueError(f"optim.{name}={getattr(optim, name)}: expected a positive number")
+    for name, high in (("b1", 1), ("b2", 1), ("weight_decay", math.inf), ("warmup", math.inf)):
+        if not 0 <= getattr(optim, name) < high:
+            raise ValueError(f"optim.{name}={getattr(optim, name)}: expected a number from 0 to below {high}")
 
 
 def read_model_config(

@@ -43,7 +43,7 @@ from train.config import CheckpointConfig, MeshConfig
 from train.dapo import Apply, model_apply, response_logprobs
 from train.export import export
 from train.metrics import Display, MetricLog
-from train.prepare import fingerprint, mesh_for, model_folder, read_model_config, resumable
+from train.prepare import check_optim, fingerprint, mesh_for, model_folder, read_model_config, resumable
 
 log = logging.getLogger(__name__)
 
@@ -136,14 +136,17 @@ def check(config: SFTConfig) -> SFTJob:
     counts = {
         name: getattr(config, name)
         for name in ("epochs", "batch", "micro_batches", "max_tokens", "logprob_chunk", "log_every", "steps")
-    }
+    } | {"checkpoint.keep": config.checkpoint.keep}
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")
     if config.batch % config.micro_batches:
         raise ValueError(f"micro_batches={config.micro_batches} does not divide batch={config.batch}")
-    if not (config.optim.lr > 0 and math.isfinite(config.optim.lr)):
-        raise ValueError(f"optim.lr={config.optim.lr}: expected a positive number")
+    if not 0 <= config.seed < 2**31:
+        raise ValueError(f"seed={config.seed}: expected 0 to 2**31 - 1")
+    check_optim(config.optim)
+    if not Path(config.data).is_file():  # before a model is downloaded
+        raise ValueError(f"{config.data}: no such file")
     folder = model_folder(config.model) if config.model else None
     tokenizer = load_tokenizer(config.tokenizer or str(folder))
     tokens_NT, loss_mask_NT = encode(tokenizer, config.data, config.max_tokens)
@@ -249,6 +252,7 @@ def run(job: SFTJob) -> None:
             display.line(f"resumed {folder} after step {done}")
         place = ShardingRules().sharding(job.mesh, ("batch", "time"), (config.batch, job.tokens_NT.shape[1]))
         display.phase("update")
+        skipped_before = done - int(state.step)
         start, tokens = time.monotonic(), 0
         for number in range(done, job.steps):
             rows = next(batches)
@@ -265,7 +269,7 @@ def run(job: SFTJob) -> None:
             last = number + 1 == job.steps
             if last or (number + 1) % config.log_every == 0:
                 made = {name: float(x) for name, x in jax.device_get(made).items()}
-                if skipped := number + 1 - int(state.step):
+                if skipped := number + 1 - int(state.step) - skipped_before:
                     raise RunError(
                         f"step {number + 1}: the loss or its gradient was not finite in {skipped} steps since the last "
                         f"record (loss now {made['loss']})"
@@ -289,7 +293,16 @@ def run(job: SFTJob) -> None:
                 host = {"config": job.record, "data": batches.get_state()}
                 checkpoints.save(number + 1, state, host=host)
         out, dtype = folder / "hf", config.checkpoint.export_dtype
-        export(out, job.model_config, state.params, job.tokenizer, base=job.model_folder, dtype=dtype)
+        source = Path(config.tokenizer) if config.tokenizer else job.model_folder
+        export(
+            out,
+            job.model_config,
+            state.params,
+            job.tokenizer,
+            base=job.model_folder,
+            tokenizer_folder=source,
+            dtype=dtype,
+        )
         display.line(f"done: {job.steps} steps; model in {out}")
 
 

@@ -257,7 +257,7 @@ def cached_hidden_states(
     eps = config.rms_norm_eps
     cos_BTh, sin_BTh = _rope(config, positions_BT)
     mask_BTS = jnp.arange(cache.length) <= positions_BT[:, :, None]
-    x_BTD = _embed(config, params["embed"], tokens_BT)
+    x_BTD = _embed(config, constrain(params["embed"], "vocab", None), tokens_BT)
     keys, values = [], []
     for p, k_BKSH, v_BKSH in zip(params["layers"], cache.k, cache.v, strict=True):
         q, k, v = layers.project_qkv(p, x_BTD, cos_BTh, sin_BTh, eps)
