@@ -56,7 +56,7 @@ def prepare(argv: Sequence[str]) -> Job:
 def check(config: Config) -> Job:
     """As `prepare`, from a configuration."""
     check_values(config)
-    for path in filter(None, (config.data.train, config.data.val)):
+    for path in filter(None, (config.data.train, config.data.val if config.eval.every else None)):
         if not Path(path).is_file():  # before a model is downloaded
             raise ValueError(f"{path}: no such file")
     folder = model_folder(config.model.path)
