@@ -46,7 +46,7 @@ config = Config(
     ),
     optim=OptimConfig(lr=1e-6, warmup=10, weight_decay=0.1, clip_norm=1.0),
     mesh=MeshConfig(data=1, fsdp=32, tensor=1),
-    eval=EvalConfig(every=5, n=32, temperature=1.0, top_p=0.7),
+    eval=EvalConfig(every=5, n=32, temperature=1.0, top_p=0.7, prompts_at_once=16),
     checkpoint=CheckpointConfig(every=10, keep=3),
     log=LogConfig(rollouts=16),
 )
