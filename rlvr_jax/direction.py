@@ -100,9 +100,7 @@ def criterion_value(
             value = delta_logp(*_by_role(sampled_B, other_B, sample_from))
         else:
             value = delta_logp(_pick(base, token_B), _pick(rl, token_B))
-        if criterion == "delta_logp":
-            return value
-        return -value if criterion == "neg_delta_logp" else jnp.abs(value)
+        return delta_value(criterion, value)
     if top_logprobs is not None:
         return _published_value(criterion, base, rl, token_B, top_logprobs, sample_from)
     if criterion == "entropy_base":
@@ -162,6 +160,14 @@ def fires(
         criterion, logp_base_BV, logp_rl_BV, token_B, top_logprobs=top_logprobs, sample_from=sample_from
     )
     return fires_at(criterion, value, tau)
+
+
+def delta_value(criterion: str, delta: Float[Array, "*S"]) -> Float[jax.Array, "*S"]:
+    """The `criterion_value` of delta_logp, neg_delta_logp or abs_delta_logp where dlogp is `delta`."""
+    delta = jnp.asarray(delta)
+    if criterion == "abs_delta_logp":
+        return jnp.abs(delta)
+    return -delta if criterion == "neg_delta_logp" else delta
 
 
 def fires_at(criterion: str, value: Float[Array, "*S"], tau: ArrayLike) -> Bool[jax.Array, "*S"]:

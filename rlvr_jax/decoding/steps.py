@@ -27,7 +27,7 @@ from rlvr_jax.decoding.state import (
     sampling_of,
     step_keys,
 )
-from rlvr_jax.direction import delta_logp, extrapolate, fires, fires_at, published_top_logprobs
+from rlvr_jax.direction import delta_logp, delta_value, extrapolate, fires, fires_at, published_top_logprobs
 from rlvr_jax.sharding import constrain
 from rlvr_jax.typing import Array
 
@@ -314,9 +314,8 @@ def _fires(
 ) -> jax.Array:
     """bool [B, K]: where the criterion selects the drafted token."""
     rows, block = delta_BK.shape
-    tau_N = jnp.repeat(state.selection.tau, block)
-    if rule.criterion in ("delta_logp", "neg_delta_logp", "abs_delta_logp") and rule.top_logprobs is None:
-        return fires_at(rule.criterion, _signed(rule.criterion, delta_BK), state.selection.tau[:, None])
+    if rule.criterion.endswith("delta_logp") and rule.top_logprobs is None:
+        return fires_at(rule.criterion, delta_value(rule.criterion, delta_BK), state.selection.tau[:, None])
     token_N = drafts.token_BK.reshape(-1)
     keys_N = None
     if rule.criterion == "random":
@@ -327,16 +326,12 @@ def _fires(
         rule.criterion,
         *rule.by_role(*logp_NV),
         token_N,
-        tau_N,
+        jnp.repeat(state.selection.tau, block),
         keys_N,
         top_logprobs=rule.top_logprobs,
         sample_from=rule.sample_from,
     )
     return fired_N.reshape(rows, block)
-
-
-def _signed(criterion: str, delta: jax.Array) -> jax.Array:
-    return {"delta_logp": delta, "neg_delta_logp": -delta, "abs_delta_logp": jnp.abs(delta)}[criterion]
 
 
 def _flat(x_BKV: jax.Array) -> jax.Array:
