@@ -1,14 +1,17 @@
 """The edge that the command-line programs share: configuration, exit codes, a readable end."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
 import runpy
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -19,12 +22,42 @@ Job = TypeVar("Job")
 
 USAGE_ERROR = 2
 RUN_ERROR = 1
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 # A log file has no width of its own, and tables cut to 80 columns lose their names.
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
 class RunError(RuntimeError):
     """A run that cannot go on; its message is the one sentence that the user gets, exit code 1."""
+
+
+class Preempted(RunError):
+    """The run was asked to end (SIGTERM) and has saved what it needs to go on; exit code 75."""
+
+
+class Preemption(contextlib.AbstractContextManager):
+    """Notes SIGTERM, which schedulers send before they take a machine away, instead of dying of it.
+
+    A second one ends the process as it would have. Where signals cannot be handled (outside the main thread) nothing
+    is noted.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> "Preemption":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGTERM, self._before)
 
 
 def parse_config(config_type: type[C], argv: Sequence[str], *, prog: str, description: str) -> C:
@@ -63,8 +96,8 @@ def run_program(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], No
     """Runs a program: `prepare` checks all input before any long work starts, `run` does the work.
 
     Returns:
-      0; 2 when `prepare` raises ValueError or OSError; 1 when `run` raises RunError or OSError, or is interrupted; each
-      with one sentence on stderr.
+      0; 2 when `prepare` raises ValueError or OSError; 75 when `run` raises Preempted; 1 when it raises another
+      RunError or OSError, or is interrupted; each with one sentence on stderr.
       Any other exception propagates with its traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
@@ -74,6 +107,8 @@ def run_program(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], No
         return _fail(error, USAGE_ERROR)
     try:
         run(job)
+    except Preempted as error:
+        return _fail(error, PREEMPTED)
     except (RunError, OSError) as error:
         return _fail(error, RUN_ERROR)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """The train step: any loss function, any optimizer; a result that neither micro-batching nor the mesh changes."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -76,51 +76,113 @@ def make_train_step(
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
+    sums, finish = _make_sums(apply, loss_fn, shardings), _make_finish(optimizer, shardings)
 
+    def accumulated(params: Tree, batch: Tree) -> Sums:
+        if micro_batches == 1:
+            return sums(params, batch)
+        parts = jax.tree.map(lambda x: _strided(x, micro_batches), batch)
+        zeros = _zeros(sums, params, jax.tree.map(lambda x: x[0], parts))
+        return jax.lax.scan(lambda carry, part: (_add(carry, sums(params, part)), None), zeros, parts)[0]
+
+    def step(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, Scalar]]:
+        return finish(state, accumulated(state.params, batch))
+
+    return _jit_update(step, shardings, donate=0)
+
+
+class AccumulatingStep(NamedTuple):
+    """A train step taken apart, for a number of micro-batches that differs from step to step. All are compiled once.
+
+    Attributes:
+      begin: `begin(params, batch) -> sums` of nothing; the batch gives shapes alone.
+      add: `add(params, sums, batch) -> sums` with those of a micro-batch added; the old sums are donated.
+      finish: `finish(state, sums) -> (state, metrics)`: the update, as `make_train_step` makes it; both are donated.
+    """
+
+    begin: Callable[[Tree, Tree], Any]
+    add: Callable[[Tree, Any, Tree], Any]
+    finish: Callable[[TrainState, Any], tuple[TrainState, dict[str, Scalar]]]
+
+
+def make_accumulating_step(
+    apply: Any, optimizer: optax.GradientTransformation, loss_fn: LossFn, *, shardings: TrainState | None = None
+) -> AccumulatingStep:
+    """`make_train_step` in three compiled parts; arguments, objective and metrics are the same."""
+    sums = _make_sums(apply, loss_fn, shardings)
+    placement = None if shardings is None else Sums(None, None, None, shardings.params)
+
+    def add(params: Tree, carry: Sums, batch: Tree) -> Sums:
+        return _add(carry, sums(params, batch))
+
+    return AccumulatingStep(
+        jax.jit(lambda params, batch: _zeros(sums, params, batch), out_shardings=placement),
+        jax.jit(add, donate_argnums=1, out_shardings=placement),
+        _jit_update(_make_finish(optimizer, shardings), shardings, donate=(0, 1)),
+    )
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up to, in float32; nothing is divided yet."""
+
+    total: Any
+    weight: Any
+    metrics: Any
+    grads: Any
+
+
+def _make_sums(apply: Any, loss_fn: LossFn, shardings: TrainState | None) -> Callable[[Tree, Tree], Sums]:
     def summed(params: Tree, batch: Tree) -> tuple[Scalar, tuple[Scalar, Metrics]]:
         (total, weight), metrics = loss_fn(apply, params, batch)
         return total, (weight, metrics)
 
-    def sums(params: Tree, batch: Tree) -> Tree:
+    def sums(params: Tree, batch: Tree) -> Sums:
         (total, (weight, metrics)), grads = jax.value_and_grad(summed, has_aux=True)(params, batch)
-        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (total, weight, metrics, grads))
+        made = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), Sums(total, weight, metrics, grads))
+        return made._replace(grads=_placed(made.grads, shardings))
 
-    def placed(grads: Tree) -> Tree:
-        return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings.params)
+    return sums
 
-    def accumulated(params: Tree, batch: Tree) -> Tree:
-        if micro_batches == 1:
-            return sums(params, batch)
-        parts = jax.tree.map(lambda x: _strided(x, micro_batches), batch)
-        shapes = jax.eval_shape(sums, params, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-        def add(carry: Tree, part: Tree) -> tuple[Tree, None]:
-            *scalars, grads = jax.tree.map(jnp.add, carry, sums(params, part))
-            return (*scalars, placed(grads)), None
-
-        return jax.lax.scan(add, zeros, parts)[0]
-
-    def step(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, Scalar]]:
-        total, weight, extra, grads = accumulated(state.params, batch)
-        grads = jax.tree.map(lambda g, p: (g / _divisor(weight)).astype(p.dtype), grads, state.params)
-        grads = placed(grads)
-        loss, grad_norm = total / _divisor(weight), optax.global_norm(grads)
+def _make_finish(
+    optimizer: optax.GradientTransformation, shardings: TrainState | None
+) -> Callable[[TrainState, Sums], tuple[TrainState, dict[str, Scalar]]]:
+    def finish(state: TrainState, made: Sums) -> tuple[TrainState, dict[str, Scalar]]:
+        divisor = _divisor(made.weight)
+        grads = jax.tree.map(lambda g, p: (g / divisor).astype(p.dtype), made.grads, state.params)
+        grads = _placed(grads, shardings)
+        loss, grad_norm = made.total / divisor, optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(updates))
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        new = jax.tree.map(lambda a, b: jnp.where(finite & (weight > 0), a, b), new, state)
-        metrics = {name: value / _divisor(count) for name, (value, count) in extra.items()}
+        new = jax.tree.map(lambda a, b: jnp.where(finite & (made.weight > 0), a, b), new, state)
+        metrics = {name: value / _divisor(count) for name, (value, count) in made.metrics.items()}
         return new, metrics | {
             "loss": loss,
-            "weight": weight,
+            "weight": made.weight,
             "grad_norm": grad_norm,
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
 
+    return finish
+
+
+def _jit_update(function: Callable, shardings: TrainState | None, donate: int | tuple[int, ...]) -> Callable:
     if shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        return jax.jit(function, donate_argnums=donate)
+    return jax.jit(function, donate_argnums=donate, out_shardings=(shardings, None))
+
+
+def _zeros(sums: Callable[[Tree, Tree], Sums], params: Tree, batch: Tree) -> Sums:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums, params, batch))
+
+
+def _add(carry: Sums, made: Sums) -> Sums:
+    return jax.tree.map(jnp.add, carry, made)
+
+
+def _placed(grads: Tree, shardings: TrainState | None) -> Tree:
+    return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings.params)
 
 
 def adamw(

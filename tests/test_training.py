@@ -167,6 +167,11 @@ def dapo_rows():
     return tokens, mask, response, group, score
 
 
+def at_tokens(**values_NR):
+    """Values of responses that begin in column P, in columns of the whole rows."""
+    return {name: jnp.pad(jnp.asarray(x), ((0, 0), (P, 0))) for name, x in values_NR.items()}
+
+
 def dapo_update(mesh_sizes, micro_batches, algorithm):
     """Scores, advantages, re-weighting and one update, all compiled, on a mesh or on one device."""
     config = tiny_config()
@@ -188,25 +193,21 @@ def dapo_update(mesh_sizes, micro_batches, algorithm):
     tokens, mask, response, group, score = (put(x) for x in dapo_rows())
     apply, optimizer = model_apply(config), optax.sgd(1.0)
     with jax.set_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
-        old_logp, entropy = make_scorer(apply, chunk=16)(params, tokens, mask, response, np.float32(1.0))
+        old_logp, entropy = (x[:, P:] for x in make_scorer(apply, chunk=16)(params, tokens, mask, np.float32(1.0)))
         # an older policy, so that ratios differ from 1
         old_logp = old_logp - 0.3 * jnp.sin(jnp.arange(R)) * response
         _, weighted, loss_mask, chosen = advantages(
             algorithm, score, group, response, old_logp, entropy, None, np.float32(0.5), jax.random.key(3)
         )
-        batch = {
-            "tokens_BT": tokens,
-            "mask_BT": mask,
-            "old_logp_BR": old_logp,
-            "advantages_BR": weighted,
-            "loss_mask_BR": loss_mask,
-            "reweight_mask_BR": chosen,
-        } | scalars(algorithm, 1.0)
+        batch = {"tokens_BT": tokens, "segment_BT": mask} | scalars(algorithm, 1.0)
+        batch |= at_tokens(
+            old_logp_BT=old_logp, advantages_BT=weighted, loss_mask_BT=loss_mask, reweight_mask_BT=chosen
+        )
         state = TrainState.create(params, optimizer)
         step = make_train_step(
             apply,
             optimizer,
-            make_loss(algorithm, chunk=16),
+            make_loss(algorithm, chunk=16, max_length=R),
             micro_batches=micro_batches,
             shardings=None if mesh is None else jax.tree.map(lambda x: x.sharding, state),
         )
@@ -296,14 +297,14 @@ def test_padding_rows_count_for_nothing(one_device):
     params = init_params(config, jax.random.key(0))
     apply, optimizer = model_apply(config), optax.sgd(1.0)
     tokens, mask, response, group, score = (x[:12] for x in rows)
-    old_logp, entropy = make_scorer(apply, chunk=16)(params, tokens, mask, response, np.float32(1.0))
+    old_logp, entropy = (x[:, P:] for x in make_scorer(apply, chunk=16)(params, tokens, mask, np.float32(1.0)))
     old_logp = old_logp - 0.3 * jnp.sin(jnp.arange(R)) * response
     _, weighted, loss_mask, chosen = advantages(
         PAPER, score, group, response, old_logp, entropy, None, np.float32(0.5), jax.random.key(3)
     )
-    batch = {"tokens_BT": tokens, "mask_BT": mask, "old_logp_BR": old_logp, "advantages_BR": weighted}
-    batch |= {"loss_mask_BR": loss_mask, "reweight_mask_BR": chosen} | scalars(PAPER, 1.0)
-    step = make_train_step(apply, optimizer, make_loss(PAPER, chunk=16))
+    batch = {"tokens_BT": tokens, "segment_BT": mask} | scalars(PAPER, 1.0)
+    batch |= at_tokens(old_logp_BT=old_logp, advantages_BT=weighted, loss_mask_BT=loss_mask, reweight_mask_BT=chosen)
+    step = make_train_step(apply, optimizer, make_loss(PAPER, chunk=16, max_length=R))
     before = jax.tree.map(np.array, params)
     state, metrics = step(TrainState.create(params, optimizer), batch)
     gradient = jax.tree.map(lambda a, b: a - np.array(b), before, state.params)

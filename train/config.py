@@ -109,7 +109,10 @@ class AlgorithmConfig:
     mini_batch: int = 32
     """Prompts (groups) an optimizer step."""
     micro_batches: int = 1
-    """Parts of a mini-batch (and of its scoring) that pass through the model one after the other."""
+    """Parts of a mini-batch (and of its scoring) that pass through the model one after the other, were every response
+    of full length. Shorter ones are packed together, so that there are fewer parts, each of the same size."""
+    row_length: int | None = None
+    """Tokens of a row into which responses are packed with their prompts; None: the longest prompt + max_response."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +191,6 @@ class Config:
 # What may differ between a checkpoint and the run that continues it: none of it changes what is trained.
 MAY_CHANGE = (
     *("run_dir", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "data.val"),
-    *("model.remat", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk", "algorithm.micro_batches"),
-    *("reward.workers", "reward.timeout_s"),
+    *("model.remat", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk"),
+    *("algorithm.micro_batches", "algorithm.row_length", "reward.workers", "reward.timeout_s"),
 )

@@ -1,8 +1,8 @@
-"""DAPO as array functions: a batch of graded groups, its old log-probs, its advantages, the loss of a mini-batch."""
+"""DAPO as array functions: log-probs of packed sequences, advantages of a trainer step, the loss of a mini-batch."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,27 +21,6 @@ from train.config import AlgorithmConfig
 Apply = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-class Rows(NamedTuple):
-    """The responses of one trainer step, group after group. Every array has N = train_batch * n rows.
-
-    A prompt stands right-aligned in the first P columns, its response left-aligned in the R after them, so that the
-    response's log-probs are one slice. Rows of groups that are missing (a partly filled batch) have empty masks.
-
-    Attributes:
-      tokens_NT: int32 [N, P + R].
-      mask_NT: 1 on prompt and response tokens.
-      response_NR: 1 on response tokens, the stop token included.
-      group_N: number of the row's group, -1 for padding rows.
-      score_N: shaped reward: +1 or -1 plus the overlong punishment; 0 for padding rows.
-    """
-
-    tokens_NT: np.ndarray
-    mask_NT: np.ndarray
-    response_NR: np.ndarray
-    group_N: np.ndarray
-    score_N: np.ndarray
-
-
 def model_apply(config: QwenConfig) -> Apply:
     """`apply(params, tokens_BT, positions_BT, mask_BT) -> (hidden_BTD, unembed_DV)` of a Qwen model."""
 
@@ -51,25 +30,27 @@ def model_apply(config: QwenConfig) -> Apply:
     return apply
 
 
-def response_logprobs(
-    apply: Apply, params: Any, tokens_BT: jax.Array, mask_BT: jax.Array, responses: int, **options: Any
-) -> Any:
-    """`chunked_logprobs` of the last `responses` columns; the hidden state before a token predicts it."""
-    hidden_BTD, unembed_DV = apply(params, tokens_BT, None, mask_BT)
-    return chunked_logprobs(hidden_BTD[:, -responses - 1 : -1], unembed_DV, tokens_BT[:, -responses:], **options)
+def sequence_logprobs(apply: Apply, params: Any, tokens_BT: jax.Array, segment_BT: jax.Array, **options: Any) -> Any:
+    """`chunked_logprobs` of every token given those before it; the first column, which has none, gets 0.
+
+    `segment_BT` is 0 on padding and numbers the sequences of a row from 1; what stands at the first token of a
+    sequence means nothing, for it is scored after another sequence's last.
+    """
+    hidden_BTD, unembed_DV = apply(params, tokens_BT, None, segment_BT)
+    scored = chunked_logprobs(hidden_BTD[:, :-1], unembed_DV, tokens_BT[:, 1:], **options)
+    return jax.tree.map(lambda x_BT: jnp.pad(x_BT, ((0, 0), (1, 0))), scored)
 
 
 def make_scorer(apply: Apply, *, chunk: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Compiled `score(params, tokens_BT, mask_BT, response_BR, temperature) -> (logp_BR, entropy_BR)`, no gradient."""
+    """Compiled `score(params, tokens_BT, segment_BT, temperature) -> (logp_BT, entropy_BT)`, no gradient."""
 
     @jax.jit
     def score(
-        params: Any, tokens_BT: jax.Array, mask_BT: jax.Array, response_BR: jax.Array, temperature: ArrayLike
+        params: Any, tokens_BT: jax.Array, segment_BT: jax.Array, temperature: ArrayLike
     ) -> tuple[jax.Array, jax.Array]:
-        logp_BR, entropy_BR = response_logprobs(
-            apply, params, tokens_BT, mask_BT, response_BR.shape[1], temperature=temperature, chunk=chunk, entropy=True
+        return sequence_logprobs(
+            apply, params, tokens_BT, segment_BT, temperature=temperature, chunk=chunk, entropy=True
         )
-        return jnp.where(response_BR > 0, logp_BR, 0.0), jnp.where(response_BR > 0, entropy_BR, 0.0)
 
     return score
 
@@ -121,32 +102,34 @@ def advantages(
     return alone_N, each_NR, select(algorithm.loss_mask), chosen_NR
 
 
-def make_loss(algorithm: AlgorithmConfig, *, chunk: int) -> Callable[..., tuple]:
+def make_loss(algorithm: AlgorithmConfig, *, chunk: int, max_length: int) -> Callable[..., tuple]:
     """The DAPO loss of a (micro-)batch, for `make_train_step`: a clipped policy loss; no KL term, no entropy bonus.
 
-    The batch is a dict: tokens_BT, mask_BT, old_logp_BR, advantages_BR, loss_mask_BR, reweight_mask_BR, and the scalars
-    temperature, alpha, clip_low, clip_high, clip_dual.
+    The batch is a dict: tokens_BT, segment_BT (0 on padding, the sequences of a row numbered from 1), and at each
+    response token old_logp_BT, advantages_BT, loss_mask_BT, reweight_mask_BT, which are 0 elsewhere; and the
+    scalars temperature, alpha, clip_low, clip_high, clip_dual. `max_length` is the longest response in tokens.
     """
 
     def loss_fn(apply: Apply, params: Any, batch: dict) -> tuple:
-        R = batch["old_logp_BR"].shape[1]
-        logp_BR = response_logprobs(
-            apply, params, batch["tokens_BT"], batch["mask_BT"], R, temperature=batch["temperature"], chunk=chunk
+        segment_BT = batch["segment_BT"]
+        logp_BT = sequence_logprobs(
+            apply, params, batch["tokens_BT"], segment_BT, temperature=batch["temperature"], chunk=chunk
         )
-        advantages_BR, mask_BR = batch["advantages_BR"], batch["loss_mask_BR"]
+        advantages_BT, mask_BT = batch["advantages_BT"], batch["loss_mask_BT"]
         if algorithm.reweight.kind in CURRENT_REWEIGHTINGS:
-            advantages_BR = reweight(
+            advantages_BT = reweight(
                 algorithm.reweight.kind,
-                advantages_BR,
-                logp_BR,
-                mask_BR,
+                advantages_BT,
+                logp_BT,
+                mask_BT,
                 alpha=batch["alpha"],
                 where=algorithm.reweight.where,
-                token_mask_BT=batch["reweight_mask_BR"],
+                token_mask_BT=batch["reweight_mask_BT"],
             )
         clips = {name: batch[name] for name in ("clip_low", "clip_high", "clip_dual")}
-        loss_BR, metrics = policy_loss(logp_BR, batch["old_logp_BR"], advantages_BR, mask_BR, **clips)
-        return aggregate(loss_BR, mask_BR, algorithm.aggregation, max_length=R), metrics
+        loss_BT, metrics = policy_loss(logp_BT, batch["old_logp_BT"], advantages_BT, mask_BT, **clips)
+        summed = aggregate(loss_BT, mask_BT, algorithm.aggregation, max_length=max_length, segment_BT=segment_BT)
+        return summed, metrics
 
     return loss_fn
 

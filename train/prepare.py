@@ -76,6 +76,12 @@ def check(config: Config) -> Job:
         longest=longest + config.rollout.max_response,
         what=f"the longest prompt ({longest} tokens) + rollout.max_response={config.rollout.max_response}",
     )
+    row_length, needed = config.algorithm.row_length, max(map(len, train.tokens)) + config.rollout.max_response
+    if row_length is not None and row_length < needed:
+        raise ValueError(
+            f"algorithm.row_length={row_length}: expected at least {needed} tokens, the longest training prompt + "
+            "rollout.max_response"
+        )
     mesh = mesh_for(config.mesh, _rows(config), "algorithm.mini_batch * rollout.n / algorithm.micro_batches")
     if config.reward.rule not in RULES:
         with GraderPool(workers=1, timeout_s=config.reward.timeout_s) as pool:

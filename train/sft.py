@@ -40,7 +40,7 @@ from rlvr_jax.training import (
     with_learning_rate,
 )
 from train.config import CheckpointConfig, MeshConfig
-from train.dapo import Apply, model_apply, response_logprobs
+from train.dapo import Apply, model_apply, sequence_logprobs
 from train.export import export
 from train.metrics import Display, MetricLog
 from train.prepare import check_optim, fingerprint, mesh_for, model_folder, read_model_config, resumable
@@ -202,8 +202,8 @@ def make_loss(chunk: int) -> Any:
     def loss_fn(apply: Apply, params: Any, batch: dict) -> tuple:
         mask_BT = batch["loss_mask_BT"]
         tokens_BT, present_BT = batch["tokens_BT"], (mask_BT >= 0).astype(jnp.int32)
-        logp_BT = response_logprobs(apply, params, tokens_BT, present_BT, tokens_BT.shape[1] - 1, chunk=chunk)
-        return aggregate(-logp_BT, (mask_BT[:, 1:] > 0).astype(jnp.int32)), {}
+        logp_BT = sequence_logprobs(apply, params, tokens_BT, present_BT, chunk=chunk)
+        return aggregate(-logp_BT[:, 1:], (mask_BT[:, 1:] > 0).astype(jnp.int32)), {}
 
     return loss_fn
 

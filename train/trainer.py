@@ -10,10 +10,34 @@ from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.rewards.overlong import overlong_penalty
 from rlvr_jax.sharding import ShardingRules
-from rlvr_jax.training import TrainState, adamw, make_train_step, warmup_constant, with_learning_rate
+from rlvr_jax.training import TrainState, adamw, make_accumulating_step, warmup_constant, with_learning_rate
 from train.config import Config
-from train.dapo import Rows, advantages, gap_metrics, make_loss, make_scorer, model_apply, scalars
+from train.dapo import advantages, gap_metrics, make_loss, make_scorer, model_apply, scalars
+from train.packed import PackedRows
 from train.rollout import Group
+
+
+class Responses(NamedTuple):
+    """The responses of one trainer step, group after group: N = train_batch * n rows, the last ones empty where groups
+    are missing.
+
+    Attributes:
+      prompts: the prompt of each response that is there.
+      tokens_NR: int32 [N, R], 0 beyond a response.
+      response_NR: int32 [N, R], 1 on response tokens, the stop token included.
+      logp_NR: the sampler's log-probs.
+      group_N: number of the row's group, -1 for empty rows.
+      score_N: shaped reward: +1 or -1 plus the overlong punishment; 0 for empty rows.
+      penalty_N: that punishment, at most 0.
+    """
+
+    prompts: list[list[int]]
+    tokens_NR: np.ndarray
+    response_NR: np.ndarray
+    logp_NR: np.ndarray
+    group_N: np.ndarray
+    score_N: np.ndarray
+    penalty_N: np.ndarray
 
 
 class Outcome(NamedTuple):
@@ -46,7 +70,7 @@ class Trainer:
         prompt_length: int,
         reference: Any | None,
     ):
-        self._config, self._prompts, self._prompt_length = config, prompts, prompt_length
+        self._config, self._prompts = config, prompts
         self._reference = reference
         optim, algorithm, chunk = config.optim, config.algorithm, config.model.logprob_chunk
         optimizer = adamw(
@@ -55,16 +79,16 @@ class Trainer:
         self.state = TrainState.create(params, optimizer)
         apply = model_apply(model_config)
         self._score = make_scorer(apply, chunk=chunk)
-        self._step = make_train_step(
+        self._step = make_accumulating_step(
             apply,
             optimizer,
-            make_loss(algorithm, chunk=chunk),
-            micro_batches=algorithm.micro_batches,
+            make_loss(algorithm, chunk=chunk, max_length=config.rollout.max_response),
             shardings=jax.tree.map(lambda x: x.sharding, self.state),
         )
         self._mesh = jax.tree.leaves(self.state.params)[0].sharding.mesh
         self._key = jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1)  # no row of a decode has this problem id
         self._mini_rows = algorithm.mini_batch * config.rollout.n
+        self._row_length = algorithm.row_length or prompt_length + config.rollout.max_response
 
     @property
     def optimizer_steps(self) -> int:
@@ -79,10 +103,13 @@ class Trainer:
           trainer_step: its number, from 0.
         """
         config = self._config
-        rows, rollout_logp_NR, penalty_N = self._rows(groups)
+        rows = self._responses(groups)
+        packed = self._packed(rows)
         on_phase("score")
-        old_logp_NR, entropy_NR = self._scores(self.state.params, rows)
-        ref_logp_NR = None if self._reference is None else self._scores(self._reference, rows)[0]
+        old_logp_NR, entropy_NR = self._scores(self.state.params, packed, rows.response_NR.shape)
+        ref_logp_NR = None
+        if self._reference is not None:
+            ref_logp_NR, _ = self._scores(self._reference, packed, rows.response_NR.shape)
         advantage_N, each_NR, loss_mask_NR, reweight_mask_NR = jax.device_get(
             advantages(
                 config.algorithm,
@@ -95,15 +122,13 @@ class Trainer:
         on_phase("update")
         lr = warmup_constant(trainer_step, peak=config.optim.lr, warmup=config.optim.warmup)
         self.state = with_learning_rate(self.state, lr)
-        names = ("tokens_BT", "mask_BT", "old_logp_BR", "advantages_BR", "loss_mask_BR", "reweight_mask_BR")
-        arrays = (rows.tokens_NT, rows.mask_NT, old_logp_NR, each_NR, loss_mask_NR, reweight_mask_NR)
-        shared = scalars(config.algorithm, config.rollout.temperature)
-        made = []
-        for begin in range(0, len(groups) * config.rollout.n, self._mini_rows):  # later ones would be padding alone
-            part = self._put(*(x[begin : begin + self._mini_rows] for x in arrays))
-            self.state, metrics = self._step(self.state, dict(zip(names, part, strict=True)) | shared)
-            made.append(metrics)
-        metrics = _over_mini_batches(jax.device_get(made))
+        arrays = {
+            "old_logp_BT": old_logp_NR,
+            "advantages_BT": each_NR,
+            "loss_mask_BT": loss_mask_NR,
+            "reweight_mask_BT": reweight_mask_NR,
+        }
+        metrics = _over_mini_batches(jax.device_get([self._update(i, part, arrays) for i, part in enumerate(packed)]))
 
         real_NR = rows.response_NR > 0
         real_N = rows.group_N >= 0
@@ -116,65 +141,91 @@ class Trainer:
         metrics |= {
             "lr": lr,
             "score": float(rows.score_N[real_N].mean()),
-            "overlong_penalty": float(penalty_N[real_N].mean()),
+            "overlong_penalty": float(rows.penalty_N[real_N].mean()),
             "entropy": float(entropy_NR[real_NR].mean()),
             "old_logp": float(old_logp_NR[real_NR].mean()),
             "advantage_weight": float((each_NR[weighed_NR] / plain_NR[weighed_NR]).mean()) if weighed_NR.any() else 1.0,
             "loss_token_share": float((loss_mask_NR > 0).sum() / real_NR.sum()),
             "trained_accuracy": float(np.mean([group.correct.mean() for group in groups])),
-            "padding_row_share": float(1 - real_N.mean()),
+            "padding_share": float(np.average([x.padding_share for x in packed], weights=[len(x) for x in packed])),
         }
         for name, mask_NR in {"rollout_gap": real_NR, "rollout_gap_fresh": fresh_NR}.items():
-            metrics |= {f"{name}_{key}": x for key, x in gap_metrics(rollout_logp_NR, old_logp_NR, mask_NR).items()}
+            metrics |= {f"{name}_{key}": x for key, x in gap_metrics(rows.logp_NR, old_logp_NR, mask_NR).items()}
         if ref_logp_NR is not None:
             metrics["delta_logp"] = float((old_logp_NR - ref_logp_NR)[real_NR].mean())
         return Outcome(metrics, rows.score_N, advantage_N, old_logp_NR.sum(axis=1) / np.maximum(tokens_N, 1))
 
-    def _rows(self, groups: Sequence[Group]) -> tuple[Rows, np.ndarray, np.ndarray]:
-        """The step's arrays, padded to train_batch groups; the sampler's log-probs [N, R]; the punishments [N]."""
+    def _update(self, number: int, rows: PackedRows, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The optimizer step of mini-batch `number`; its metrics."""
+        shared = scalars(self._config.algorithm, self._config.rollout.temperature)
+        begin = number * self._mini_rows
+        spread = [rows.spread(x_NR[begin : begin + len(rows.response_NR)]) for x_NR in arrays.values()]
+        sums = None
+        for part in rows.micro_batches(*spread):
+            batch = dict(zip(("tokens_BT", "segment_BT", *arrays), self._put(*part), strict=True)) | shared
+            sums = self._step.begin(self.state.params, batch) if sums is None else sums
+            sums = self._step.add(self.state.params, sums, batch)
+        self.state, metrics = self._step.finish(self.state, sums)
+        return metrics
+
+    def _responses(self, groups: Sequence[Group]) -> Responses:
         rollout, reward = self._config.rollout, self._config.reward
-        P, R, n = self._prompt_length, rollout.max_response, rollout.n
+        R, n = rollout.max_response, rollout.n
         N = self._config.algorithm.train_batch * n
-        rows = Rows(
-            tokens_NT=np.zeros((N, P + R), np.int32),
-            mask_NT=np.zeros((N, P + R), np.int32),
+        rows = Responses(
+            prompts=[self._prompts.tokens[group.prompt] for group in groups for _ in range(n)],
+            tokens_NR=np.zeros((N, R), np.int32),
             response_NR=np.zeros((N, R), np.int32),
+            logp_NR=np.zeros((N, R), np.float32),
             group_N=np.full(N, -1, np.int32),
             score_N=np.zeros(N, np.float32),
+            penalty_N=np.zeros(N, np.float32),
         )
-        logp_NR, penalty_N = np.zeros((N, R), np.float32), np.zeros(N, np.float32)
         for g, group in enumerate(groups):
-            prompt = self._prompts.tokens[group.prompt]
             at, longest = slice(g * n, (g + 1) * n), group.tokens.shape[1]
-            rows.tokens_NT[at, P - len(prompt) : P] = prompt
-            rows.tokens_NT[at, P : P + longest] = group.tokens
+            rows.tokens_NR[at, :longest] = group.tokens
             rows.response_NR[at] = np.arange(R) < group.lengths[:, None]
-            rows.mask_NT[at, P - len(prompt) : P] = 1
-            rows.mask_NT[at, P:] = rows.response_NR[at]
+            rows.logp_NR[at, :longest] = group.logp
             rows.group_N[at] = g
-            logp_NR[at, :longest] = group.logp
             rows.score_N[at] = np.where(group.correct, 1.0, -1.0)
-        if reward.overlong_buffer:  # of all rows at once: padding rows have length 0, hence no punishment
-            penalty_N[:] = overlong_penalty(
+        if reward.overlong_buffer:  # of all rows at once: empty rows have length 0, hence no punishment
+            rows.penalty_N[:] = overlong_penalty(
                 rows.response_NR.sum(axis=1),
                 max_response=R,
                 buffer=reward.overlong_buffer,
                 factor=reward.overlong_factor,
             )
-            rows.score_N[:] += penalty_N
-        return rows, logp_NR, penalty_N
+            rows.score_N[:] += rows.penalty_N
+        return rows
 
-    def _scores(self, params: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probs and entropies [N, R] under `params`, in parts as large as a micro-batch of the update."""
-        size = self._mini_rows // self._config.algorithm.micro_batches
+    def _packed(self, rows: Responses) -> list[PackedRows]:
+        """Every mini-batch that has responses."""
+        made = []
+        for begin in range(0, len(rows.prompts), self._mini_rows):
+            part = slice(begin, min(begin + self._mini_rows, len(rows.prompts)))
+            made.append(
+                PackedRows.of(
+                    rows.prompts[part],
+                    rows.tokens_NR[part],
+                    rows.response_NR[part],
+                    row_length=self._row_length,
+                    micro_rows=self._mini_rows // self._config.algorithm.micro_batches,
+                )
+            )
+        return made
+
+    def _scores(self, params: Any, packed: Sequence[PackedRows], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
+        """Log-probs and entropies [N, R] under `params`, 0 beyond the responses."""
         temperature = np.float32(self._config.rollout.temperature)
-        arrays = (rows.tokens_NT, rows.mask_NT, rows.response_NR)
-        parts = [
-            self._score(params, *self._put(*(x[begin : begin + size] for x in arrays)), temperature)
-            for begin in range(0, len(rows.group_N), size)
+        scored = [
+            [self._score(params, *self._put(*part), temperature) for part in rows.micro_batches()] for rows in packed
         ]
-        logp, entropy = zip(*jax.device_get(parts), strict=True)
-        return np.concatenate(logp), np.concatenate(entropy)
+        made = np.zeros((2, *shape), np.float32)
+        for i, (rows, parts) in enumerate(zip(packed, scored, strict=True)):
+            begin = i * self._mini_rows
+            for out_NR, values in zip(made, zip(*jax.device_get(parts), strict=True), strict=True):
+                out_NR[begin : begin + len(rows.response_NR)] = rows.gather(np.concatenate(values))
+        return tuple(made)
 
     def _put(self, *arrays: np.ndarray) -> list[jax.Array]:
         rules = ShardingRules()

@@ -111,9 +111,15 @@ def apply_rope(
 
 
 def causal_mask(mask_BT: Int[Array, "B T"] | Bool[Array, "B T"] | Float[Array, "B T"] | None, length: int) -> jax.Array:
-    """bool [B, T, T] (or [1, T, T] without padding): query t may see key s when s <= t and s is not padding."""
+    """bool [B, T, T] (or [1, T, T] without padding): query t may see key s when s <= t and s is not padding.
+
+    Nor what has another value in `mask_BT`: rows that hold several sequences number them 1, 2, 3, ... there.
+    """
     causal_1TT = jnp.tril(jnp.ones((length, length), bool))[None]
-    return causal_1TT if mask_BT is None else causal_1TT & (mask_BT != 0)[:, None, :]
+    if mask_BT is None:
+        return causal_1TT
+    same_BTT = (mask_BT[:, None, :] == mask_BT[:, :, None]) | (mask_BT == 0)[:, :, None]
+    return causal_1TT & (mask_BT != 0)[:, None, :] & same_BTT
 
 
 def attention_scores(

@@ -162,10 +162,11 @@ class Qwen(nn.Module):
 
         Args:
           tokens_BT: token ids.
-          positions_BT: rotary positions; by default they count the unmasked tokens of the row from 0, so padding on
-            either side leaves the numbers of the real tokens as they are.
+          positions_BT: rotary positions; by default they count the unmasked tokens of each sequence from 0, so padding
+            on either side leaves the numbers of the real tokens as they are.
           mask_BT: 0 on padding (left or right), non-zero elsewhere; None means no padding. Attention is causal by
-            index and never looks at padding. What comes out at padding is finite and means nothing.
+            index and never looks at padding. What comes out at padding is finite and means nothing. A row may hold
+            several sequences, one behind the other, marked 1, 2, 3, ...: they do not see one another.
 
         Returns:
           float32 [B, T, V]: logits at t predict token t + 1.
@@ -189,10 +190,13 @@ class Qwen(nn.Module):
 
 
 def default_positions(tokens_BT: Array, mask_BT: Array | None) -> jax.Array:
-    """Positions that count each row's unmasked tokens from 0; padding before them gets 0."""
+    """Positions that count each sequence's unmasked tokens from 0; padding before them gets 0."""
     if mask_BT is None:
         return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return jnp.maximum(jnp.cumsum(mask_BT != 0, axis=1) - 1, 0)
+    count_BT = jnp.cumsum(mask_BT != 0, axis=1) - 1
+    highest_BT = jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1)
+    begins_BT = jnp.diff(highest_BT, axis=1, prepend=0) > 0  # a gap inside a sequence begins none
+    return jnp.maximum(count_BT - jax.lax.cummax(jnp.where(begins_BT, count_BT, 0), axis=1), 0)
 
 
 def _rope(config: QwenConfig, positions_BT: Array) -> tuple[Array, Array]:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rlvr_jax.objectives.masks import Mask, masked, require_same_shape
-from rlvr_jax.typing import Array, Float
+from rlvr_jax.objectives.segments import response_begins, response_sums
+from rlvr_jax.typing import Array, Float, Int
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
@@ -72,6 +73,7 @@ def aggregate(
     mode: str = "token-mean",
     *,
     max_length: int | None = None,
+    segment_BT: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[jax.Array, ""], Float[jax.Array, ""]]:
     """(sum, weight) of per-token values; add both over micro-batches and devices, then divide once.
 
@@ -84,8 +86,8 @@ def aggregate(
 
     So the loss depends neither on micro-batching nor on the mesh (public issues verl #5625, #906). A response is a row
     with at least one token in its mask: an empty row adds nothing to sum or weight, and a batch of none gives (0, 0).
-    `max_length` in tokens is a constant of the run; it defaults to T, which depends on padding. Float masks act as
-    token weights.
+    Where a row holds several responses, `segment_BT` numbers them from 1 (0: padding). `max_length` in tokens is a
+    constant of the run; it defaults to T, which depends on padding. Float masks act as token weights.
     """
     if mode not in AGGREGATIONS:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(AGGREGATIONS)}")
@@ -94,10 +96,10 @@ def aggregate(
     mask_BT = jnp.where(mask_BT > 0, mask_BT, 0).astype(values_BT.dtype)
     if mode == "token-mean":
         return jnp.sum(values_BT * mask_BT), jnp.sum(mask_BT)
-    sums_B, tokens_B = jnp.sum(values_BT * mask_BT, axis=-1), jnp.sum(mask_BT, axis=-1)
-    responses = jnp.sum(tokens_B > 0).astype(values_BT.dtype)
+    tokens_BT = response_sums(mask_BT, segment_BT)
+    responses = jnp.sum((tokens_BT > 0) & response_begins(segment_BT, mask_BT.shape)).astype(values_BT.dtype)
     if mode == "seq-mean-token-mean":
-        sums_B = sums_B / jnp.where(tokens_B > 0, tokens_B, 1)
+        values_BT = values_BT / jnp.where(tokens_BT > 0, tokens_BT, 1)
     elif mode == "seq-mean-token-sum-norm":
-        sums_B = sums_B / (mask_BT.shape[1] if max_length is None else max_length)
-    return jnp.sum(sums_B), responses
+        values_BT = values_BT / (mask_BT.shape[1] if max_length is None else max_length)
+    return jnp.sum(values_BT * mask_BT), responses

@@ -1,0 +1,33 @@
+"""Sums over the responses of a batch whose rows are responses, or hold several of them one behind the other."""
+
+import jax
+import jax.numpy as jnp
+
+from rlvr_jax.typing import Array, Float, Int
+
+
+def response_sums(
+    values_BT: Float[Array, "B T"], segment_BT: Int[Array, "B T"] | None = None
+) -> Float[jax.Array, "B T"]:
+    """At every token the sum of `values_BT` over its response.
+
+    Args:
+      values_BT: 0 where a token does not count.
+      segment_BT: the number of each token's response inside its row, from 1 (at most T); 0 on padding, which is summed
+        up as well. None: a row is a response.
+    """
+    if segment_BT is None:
+        return jnp.broadcast_to(jnp.sum(values_BT, axis=-1, keepdims=True), values_BT.shape)
+
+    def of_row(values_T: jax.Array, segment_T: jax.Array) -> jax.Array:
+        return jnp.zeros(values_T.size + 1, values_T.dtype).at[segment_T].add(values_T)[segment_T]
+
+    return jax.vmap(of_row)(values_BT, jnp.asarray(segment_BT))
+
+
+def response_begins(segment_BT: Int[Array, "B T"] | None, shape: tuple[int, int]) -> jax.Array:
+    """bool [B, T]: the first token of every response (of every row without `segment_BT`)."""
+    if segment_BT is None:
+        return jnp.zeros(shape, bool).at[:, 0].set(True)
+    segment_BT = jnp.asarray(segment_BT)
+    return (jnp.diff(segment_BT, axis=1, prepend=0) != 0) & (segment_BT > 0)
