@@ -153,7 +153,7 @@ class Trainer:
             rows.mask_NT[at, P:] = rows.response_NR[at]
             rows.group_N[at] = g
             logp_NR[at, :longest] = group.logp
-            rows.score_N[at] = np.where(group.correct, 1.0, -1.0)
+            rows.score_N[at] = group.score
         if reward.overlong_buffer:  # of all rows at once: padding rows have length 0, hence no punishment
             penalty_N[:] = overlong_penalty(
                 rows.response_NR.sum(axis=1),
