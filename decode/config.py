@@ -123,7 +123,7 @@ class DecodeConfig:
     Attributes:
       base: Hugging Face checkpoint folder of the base model
       rl: Hugging Face checkpoint folder of the model trained from it
-      problems: problem file, .parquet or .jsonl
+      problems: problem file, .parquet or .jsonl, or "reasoning_gym:TASK,...?size=500&seed=1" (with that grader)
       out: folder of the results; an earlier run in it is resumed
       setting: the one setting of the run, where neither settings nor grid is given
       settings: settings run in turn with the same loaded models (a Python config file lists them)
@@ -143,8 +143,8 @@ class DecodeConfig:
       prompt_suffix: appended to the stripped user turn
       tokenizer: folder of the tokenizer and chat template; default: rl where given, else base
       stop_token_ids: end of a response; default: those of the tokenizer and of the models' generation_config.json
-      graders: math_verify (last boxed answer), dapo_answer (last "Answer:" line), or "module:function" of your own; the
-        first decides the published `accs`
+      graders: math_verify (last boxed answer), dapo_answer (last "Answer:" line), reasoning_gym (of its problems), or
+        "module:function" of your own; the first decides the published `accs`
       grader_workers: grading processes for each grader
       dtype: float32 or bfloat16; default: float32 on CPU, bfloat16 elsewhere
       mesh: devices

@@ -8,7 +8,9 @@ import os
 from pathlib import Path
 
 from decode.config import DecodeConfig
-from rlvr_jax.data.problems import Problem, read_problems
+from rlvr_jax.data.problems import Problem
+from rlvr_jax.data.sources import check_source, load_problems
+from rlvr_jax.data.tasks import is_tasks
 from rlvr_jax.data.text import Tokenizer, encode_text, load_tokenizer, render_chat, stop_token_ids
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import checkpoint_folder
@@ -43,8 +45,8 @@ def read_inputs(config: DecodeConfig) -> Inputs:
       ValueError, OSError: one sentence naming the file or key: a missing or empty file, a vocabulary mismatch between
         base and rl, a prompt longer than allowed.
     """
-    if not Path(config.problems).is_file():  # before a model is downloaded
-        raise ValueError(f"{config.problems}: no such file")
+    for grader in config.graders:
+        check_source(config.problems, rule=grader)  # before a model is downloaded
     used = {setting.model for setting in config.settings}
     folders = {
         role: _model_folder(role, path)
@@ -59,7 +61,8 @@ def read_inputs(config: DecodeConfig) -> Inputs:
     texts = [render_chat(tokenizer, problem.messages) for problem in problems]
     prompts = [encode_text(tokenizer, text) for text in texts]
     _check_lengths(config, models, problems, prompts)
-    fingerprints = {"problem file": _hash_file(Path(config.problems)), "tokenizer": _hash_tokenizer(tokenizer_folder)}
+    fingerprints = {"problem file": _hash_problems(config.problems, problems)}
+    fingerprints["tokenizer"] = _hash_tokenizer(tokenizer_folder)
     fingerprints |= {f"{role} model": _hash_model(folder) for role, folder in folders.items()}
     return Inputs(
         tokenizer=tokenizer,
@@ -76,7 +79,7 @@ def read_inputs(config: DecodeConfig) -> Inputs:
 def _read_problems(config: DecodeConfig) -> list[Problem]:
     """Each problem once: published files repeat a row for every sample wanted, here n and the seeds say that."""
     first: dict[str, Problem] = {}
-    for problem in read_problems(config.problems, prompt_suffix=config.prompt_suffix):
+    for problem in load_problems(config.problems, prompt_suffix=config.prompt_suffix):
         first.setdefault(problem.id, problem)
     return list(first.values())[: config.limit]
 
@@ -174,6 +177,12 @@ def _stop_tokens(
     if not found:
         raise ValueError(f"no stop token lies in the vocabulary of {size} tokens; give --stop-token-ids")
     return tuple(sorted(found))
+
+
+def _hash_problems(source: str, problems: list[Problem]) -> str:
+    if not is_tasks(source):
+        return _hash_file(Path(source))
+    return hashlib.sha256(repr([(x.messages, x.answer) for x in problems]).encode(errors="surrogatepass")).hexdigest()
 
 
 def _hash_file(path: Path) -> str:

@@ -86,7 +86,9 @@ def test_rows_are_grouped_by_id_never_by_text(tmp_path, caplog):
     assert [(p.index, p.id, p.answer, p.repeats) for p in once] == [(0, "7", "7", 4), (1, "5", "5", 4)]
     # the same text twice with two ids stays two problems
     write_problems(tmp_path / "two.parquet", [published(0), published(1)])
+    assert "2 ids but only 1 different problems" not in caplog.text
     assert len(read_problems(tmp_path / "two.parquet", deduplicate="by_id")) == 2
+    assert "2 ids but only 1 different problems" in caplog.text
 
 
 def test_an_index_that_restarts_in_each_data_set_is_told_apart(tmp_path):

@@ -31,6 +31,8 @@ def test_prompts_are_tokenised_and_cut(tokenizer, caplog):
     cut = tokenize_prompts(tokenizer, problems, max_tokens=38)
     assert cut == PromptSet(problems, [*whole[:3], whole[3][-38:]], truncated=1, dropped=0)
     assert "1 cut on the left, 0 problems dropped" in caplog.text
+    assert cut.summary(38) == "4 prompts of 4 problems; longer than 38 tokens: 1 cut on the left, 0 dropped"
+    assert cut.summary(None) == "4 prompts of 4 problems"
     dropped = tokenize_prompts(tokenizer, problems, max_tokens=11, overlong="drop")
     assert dropped == PromptSet([problems[0], problems[2]], [whole[0], whole[2]], truncated=0, dropped=2)
     with pytest.raises(ValueError, match="problem '1': its prompt has 38 tokens, max_tokens = 37"):
@@ -99,6 +101,22 @@ def test_shards_make_up_the_batch_whatever_their_number():
     alone = prompt_batches(range(10), 4, seed=1)
     alone.set_state(halves[0].get_state())
     assert draw(alone, 7) == whole[5:]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_shard_resumes_where_all_stopped(count):
+    whole = draw(prompt_batches(range(10), 8, seed=2), 9)
+    shards = [prompt_batches(range(10), 8, seed=2, shard_index=i, shard_count=count) for i in range(count)]
+    for shard in shards:
+        draw(shard, 4)
+    states = [json.dumps(shard.get_state()) for shard in shards]
+    assert len(set(states)) == 1
+    parts = []
+    for i in range(count):
+        resumed = prompt_batches(range(10), 8, seed=2, shard_index=i, shard_count=count)
+        resumed.set_state(json.loads(states[0]))
+        parts.append(draw(resumed, 5))
+    assert [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)] == whole[4:]
 
 
 def test_a_state_of_another_sequence_is_refused():

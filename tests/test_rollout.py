@@ -1,6 +1,7 @@
 """Dynamic sampling and the carry-over, with a stub for the decoder and the grader."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -47,7 +48,24 @@ class StubPool:
         return verdicts
 
 
-def collector(*, generation_batch=4, train_batch=3, epochs=2, **algorithm):
+class ScoringPool:
+    """Graded rewards: all alike for the hard and the easy, all above 0 for the rest; the third response fails."""
+
+    def grade(self, rule, responses, answers):
+        verdicts = []
+        for response in responses:
+            prompt, length = map(int, response.split(":"))
+            if prompt in HARD or prompt in EASY:
+                score = -0.5 if prompt in HARD else 0.75
+                verdicts.append(Graded(prompt in EASY, str(length), None, score))
+            elif length == 3:
+                verdicts.append(Graded(False, None, "exceeded the time limit of 1 s"))
+            else:
+                verdicts.append(Graded(True, str(length), None, 0.1 * length))
+        return verdicts
+
+
+def collector(*, generation_batch=4, train_batch=3, epochs=2, pool=None, **algorithm):
     problems = [Problem(i, str(i), ({"role": "user", "content": "x"},), "a", "s") for i in range(PROMPTS)]
     config = Config(
         epochs=epochs,
@@ -55,7 +73,9 @@ def collector(*, generation_batch=4, train_batch=3, epochs=2, **algorithm):
         algorithm=AlgorithmConfig(train_batch=train_batch, mini_batch=1, **algorithm),
     )
     decoder = StubDecoder()
-    return Collector(config, decoder, PromptSet(problems, [[i] for i in range(PROMPTS)]), StubPool()), decoder
+    return Collector(
+        config, decoder, PromptSet(problems, [[i] for i in range(PROMPTS)], 2, 1), pool or StubPool()
+    ), decoder
 
 
 def collect(source, step):
@@ -140,3 +160,57 @@ def test_state_round_trip_continues_identically():
     assert one.generation_batches == other.generation_batches
     empty, _ = collector()
     assert empty.get_state()[1] == {}
+
+
+def test_graded_rewards_are_the_scores_and_decide_what_is_kept():
+    source, _ = collector(train_batch=7, generation_batch=PROMPTS, pool=ScoringPool())
+    groups, metrics = collect(source, 0)
+    assert {group.prompt for group in groups} == set(range(PROMPTS)) - HARD - EASY
+    assert all(group.score.tolist() == [np.float32(0.1), np.float32(0.2), -1.0] for group in groups)
+    assert all(group.score.dtype == np.float32 for group in groups)
+    assert groups[0].errors == (None, None, "exceeded the time limit of 1 s")
+    assert metrics["grading_errors"] == 7
+    assert metrics["accuracy"] == pytest.approx((7 * 2 + 2 * 3) / 36)
+
+
+def test_scores_of_two_right_answers_may_differ():
+    fields = {name: np.ones(2, np.int32) for name in ("lengths", "finished")}
+    rest = {"prompt": 0, "sampled_at": 0, "generation_batch": 0, "predictions": (None,) * 2} | fields
+    cells = {name: np.ones((2, 1)) for name in ("tokens", "logp")}
+    both = np.array([True, True])
+    assert Group(**rest, **cells, correct=both, score=np.array([0.5, 1.0], np.float32)).varies
+    assert not Group(**rest, **cells, correct=both, score=np.array([0.5, 0.5], np.float32)).varies
+    plain = Group(**rest, **cells, correct=np.array([True, False]))
+    assert plain.varies
+    assert plain.score.tolist() == [1.0, -1.0]
+    assert plain.errors == (None, None)
+    assert not Group(**rest, **cells, correct=both).varies
+
+
+def test_the_checkpoint_carries_scores_and_errors():
+    one, _ = collector(generation_batch=PROMPTS, train_batch=2, pool=ScoringPool())
+    collect(one, 0)
+    plain, arrays = one.get_state()
+    other, _ = collector(generation_batch=PROMPTS, train_batch=2, pool=ScoringPool())
+    other.set_state(json.loads(json.dumps(plain)), arrays)
+    a, b = collect(one, 1), collect(other, 1)
+    assert all(same(x, y) for x, y in zip(a.groups, b.groups, strict=True))
+    assert a.groups[0].errors[2] is not None
+    assert a.groups[0].score[0] == np.float32(0.1)
+
+
+def test_a_checkpoint_from_before_there_were_scores():
+    one, _ = collector(generation_batch=PROMPTS, train_batch=2)
+    collect(one, 0)
+    plain, arrays = one.get_state()
+    plain["carried"] = [{k: v for k, v in group.items() if k != "errors"} for group in plain["carried"]]
+    other, _ = collector(generation_batch=PROMPTS, train_batch=2)
+    other.set_state(plain, {name: x for name, x in arrays.items() if name != "score"})
+    a, b = collect(one, 1), collect(other, 1)
+    assert all(same(x, y) for x, y in zip(a.groups, b.groups, strict=True))
+
+
+def test_long_prompts_are_counted_in_the_metrics():
+    source, _ = collector()
+    metrics = collect(source, 0).metrics
+    assert (metrics["prompts_truncated"], metrics["prompts_dropped"]) == (2, 1)

@@ -18,6 +18,7 @@ from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import hidden_states, logits
 from rlvr_jax.program import run_program
 from tests.tiny import compiled_once, tiny_checkpoint, write_tiny_problems
+from tests.tiny_rules import marks
 from train.loop import run
 from train.metrics import Display, MetricLog
 from train.prepare import prepare
@@ -177,6 +178,7 @@ def test_rollouts_are_readable_and_consistent(place, whole):
     for row in rows:
         assert "<|im_start|>user\n" in row["prompt"]
         assert row["correct"] == (row["answer"] in row["response"])
+        assert row["error"] is None
         assert row["score"] == pytest.approx((1 if row["correct"] else -1) - max(0, row["length"] - 8) / 8)
         assert row["finished"] or row["length"] == 16
         assert row["mean_logp"] < 0
@@ -190,6 +192,19 @@ def test_rollouts_are_readable_and_consistent(place, whole):
     record = next(r for r in whole[0] if r["kind"] == "train")
     assert record["score"] == pytest.approx(np.mean([row["score"] for row in rows]), rel=1e-5)
     assert record["loss_weight"] == pytest.approx(sum(row["length"] for row in rows))
+
+
+def test_a_reward_of_ones_own_may_be_a_number(place):
+    changes = {"steps": 1, "reward__rule": "tests.tiny_rules:marks", "eval__every": 0, "reward__memory_mb": 512}
+    (record,) = train(place, place / "marks", **changes)
+    rows = rows_of(place / "marks" / "rollouts" / "step_000001.jsonl")
+    for row in rows:
+        reward, _ = marks(row["response"], row["answer"])
+        assert row["score"] == pytest.approx(reward - max(0, row["length"] - 8) / 8, abs=1e-6)
+        assert row["correct"] == (reward > 0)
+    for g in range(4):
+        assert len({marks(row["response"], "")[0] for row in rows[4 * g : 4 * g + 4]}) > 1
+    assert (record["prompts_truncated"], record["prompts_dropped"]) == (0, 0)
 
 
 def test_evaluation_is_that_of_its_rows(place, whole):

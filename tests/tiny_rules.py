@@ -9,3 +9,9 @@ def contains(response: str, answer: str) -> tuple[bool, str | None]:
 def never(response: str, answer: str) -> bool:
     """Always wrong."""
     return False
+
+
+def marks(response: str, answer: str) -> tuple[float, str | None]:
+    """A graded reward: the share of digits, less a little."""
+    share = sum(letter.isdigit() for letter in response) / max(1, len(response))
+    return share - 0.25, response[:1] or None

@@ -21,17 +21,19 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     train: str = ""
-    """Training problems: parquet in the published schema, or JSONL."""
+    """Training problems: parquet in the published schema, JSONL, or "reasoning_gym:TASK,...?size=500&seed=1"."""
     val: str | None = None
     """Validation problems; None: no evaluation."""
     deduplicate: bool = False
-    """Keep one training row of each problem id; published files repeat each problem about 100 times."""
+    """Keep one training row of each problem id. The 1.8 million rows of DAPO-Math-17k are 17 thousand problems, each
+    about 100 times, by accident. The published runs read the file as it is, so their one epoch is 100 passes: with
+    `deduplicate` the same is `epochs=100`, with no repeats inside a batch."""
     prompt_suffix: str = ""
-    """Appended to the (stripped) last user turn."""
+    """Appended to the (stripped) last user turn. Empty: nothing (reasoning-gym: `rlvr_jax.data.tasks.SUFFIX`)."""
     max_prompt: int = 2048
     """Longest prompt in tokens."""
     too_long: Literal["truncate_left", "drop", "error"] = "truncate_left"
-    """What becomes of longer prompts. How many there are is said once."""
+    """What becomes of longer prompts. How many there are is said at the start and stands in the metrics."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +56,14 @@ class RolloutConfig:
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
     rule: str = "math_verify"
-    """"math_verify", "dapo_answer", or "module:function" of your own, called with (response, answer)."""
+    """"math_verify", "dapo_answer", "reasoning_gym" (of its problems), or "module:function" of your own, called with
+    (response, answer): a bool it returns counts as +1 or -1, a float is the reward itself (see docs/rewards.md)."""
     workers: int = 2
     """Grading processes."""
     timeout_s: float = 10.0
     """Seconds an answer may take; a slower one counts as wrong."""
+    memory_mb: int | None = 2048
+    """MiB that the grading of an answer may take; one that needs more counts as wrong. None: no limit."""
     overlong_buffer: int = 4096
     """Tokens before max_response over which the punishment grows; 0: none."""
     overlong_factor: float = 1.0
@@ -97,7 +102,7 @@ class AlgorithmConfig:
     clip_dual: float = 10.0
     aggregation: str = "token-mean"
     dynamic_sampling: bool = True
-    """Keep only groups whose accuracy varies."""
+    """Keep only groups whose accuracy varies (under a reward rule with graded scores: whose scores vary)."""
     max_generation_batches: int = 10
     """Generation batches a trainer step may take."""
     when_short: Literal["error", "pad"] = "error"
@@ -192,5 +197,6 @@ class Config:
 MAY_CHANGE = (
     *("run_dir", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "data.val"),
     *("model.remat", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk"),
-    *("algorithm.micro_batches", "algorithm.row_length", "reward.workers", "reward.timeout_s"),
+    *("algorithm.micro_batches", "algorithm.row_length"),
+    *("reward.workers", "reward.timeout_s", "reward.memory_mb"),
 )

@@ -77,6 +77,8 @@ def evaluate(
             "answer": problem.answer,
             "prediction": verdict.prediction,
             "correct": verdict.correct,
+            "error": verdict.error,
+            "score": verdict.reward,
             "length": len(tokens),
             "finished": finished,
         }

@@ -56,7 +56,8 @@ class _Run:
             mesh=job.mesh,
         )
         write_json(self.folder / "config.json", config_dict(config))
-        self.pool = stack.enter_context(GraderPool(config.reward.workers, config.reward.timeout_s))
+        reward = config.reward
+        self.pool = stack.enter_context(GraderPool(reward.workers, reward.timeout_s, reward.memory_mb))
         self.collector = Collector(config, self.decoder, job.train, self.pool)
         self.trainer = Trainer(
             config,
@@ -77,6 +78,9 @@ class _Run:
 
     def run(self) -> None:
         """Trainer steps until the steps or the data are used up; then the export."""
+        for name, prompts in (("data.train", self.job.train), ("data.val", self.job.val)):
+            if prompts is not None:
+                self.display.line(f"{name}: {prompts.summary(self.config.data.max_prompt)}")
         if self.trainer_steps:
             self.display.line(f"resumed {self.folder} after trainer step {self.trainer_steps}")
         elif self.config.eval.every:
@@ -169,6 +173,7 @@ class _Run:
                         "answer": problem.answer,
                         "prediction": group.predictions[i],
                         "correct": bool(group.correct[i]),
+                        "error": group.errors[i],
                         "score": float(outcome.score_N[g * n + i]),
                         "length": int(group.lengths[i]),
                         "finished": bool(group.finished[i]),

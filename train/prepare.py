@@ -12,8 +12,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from rlvr_jax.checkpoint import Checkpoints, require_same_config
-from rlvr_jax.data.problems import Problem, read_problems
+from rlvr_jax.data.problems import Problem
 from rlvr_jax.data.prompts import PromptSet, tokenize_prompts
+from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.models.config import QwenConfig, platform_dtype
 from rlvr_jax.models.hf import checkpoint_folder
@@ -55,16 +56,15 @@ def prepare(argv: Sequence[str]) -> Job:
 def check(config: Config) -> Job:
     """As `prepare`, from a configuration."""
     check_values(config)
-    for path in filter(None, (config.data.train, config.data.val if config.eval.every else None)):
-        if not Path(path).is_file():  # before a model is downloaded
-            raise ValueError(f"{path}: no such file")
+    for source in filter(None, (config.data.train, config.data.val if config.eval.every else None)):
+        check_source(source, rule=config.reward.rule)  # before a model is downloaded
     folder = model_folder(config.model.path)
     tokenizer = load_tokenizer(folder)
     suffix, repeats = config.data.prompt_suffix, "by_id" if config.data.deduplicate else "none"
-    train = _prompts(config, tokenizer, read_problems(config.data.train, prompt_suffix=suffix, deduplicate=repeats))
+    train = _prompts(config, tokenizer, load_problems(config.data.train, prompt_suffix=suffix, deduplicate=repeats))
     val = None
     if config.data.val is not None and config.eval.every:
-        problems = distinct(read_problems(config.data.val, prompt_suffix=suffix))
+        problems = distinct(load_problems(config.data.val, prompt_suffix=suffix))
         val = _prompts(config, tokenizer, problems)
     longest = max(len(tokens) for prompts in (train, val) if prompts for tokens in prompts.tokens)
     model_config = read_model_config(
@@ -83,9 +83,7 @@ def check(config: Config) -> Job:
             "rollout.max_response"
         )
     mesh = mesh_for(config.mesh, _rows(config), "algorithm.mini_batch * rollout.n / algorithm.micro_batches")
-    if config.reward.rule not in RULES:
-        with GraderPool(workers=1, timeout_s=config.reward.timeout_s) as pool:
-            pool.grade(config.reward.rule, [""], [""])  # a rule of one's own must at least be there
+    _try_rule(config, train.problems)
     record = config_dict(config) | {
         "data_sha256": fingerprint(json.dumps([train.tokens, [p.answer for p in train.problems]]).encode())
     }
@@ -130,6 +128,7 @@ def check_values(config: Config) -> None:
         "rollout.prompts_at_once": rollout.prompts_at_once,
         "eval.prompts_at_once": config.eval.prompts_at_once,
         "checkpoint.keep": config.checkpoint.keep,
+        "reward.memory_mb": config.reward.memory_mb,
     }
     for name, value in (counts | {name: value for name, value in optional.items() if value is not None}).items():
         if value < 1:
@@ -281,6 +280,21 @@ def resumable(run_dir: str, record: dict, may_change: Sequence[str]) -> int | No
         if step is not None:
             require_same_config(checkpoints.host(step)["config"], record, may_change=may_change)
         return step
+
+
+def _try_rule(config: Config, problems: Sequence[Problem]) -> None:
+    """A rule of one's own must at least be there; a reasoning-gym task must be able to make its problems again."""
+    rule, tries = config.reward.rule, [("", "")]
+    if rule == "reasoning_gym":
+        entries = {problem.data_source: problem.answer for problem in problems}.values()
+        tries = [(f"<answer>{json.loads(entry)['answer'] or 0}</answer>", entry) for entry in entries]
+    if rule in ("math_verify", "dapo_answer"):
+        return
+    with GraderPool(1, config.reward.timeout_s, config.reward.memory_mb) as pool:
+        graded = pool.grade(rule, *map(list, zip(*tries, strict=True)))
+    failed = [verdict.error for verdict in graded if verdict.error] if rule == "reasoning_gym" else []
+    if failed:
+        raise ValueError(f"data.train={config.data.train}: its problems cannot be graded: {failed[0]}")
 
 
 def _prompts(config: Config, tokenizer: Tokenizer, problems: list[Problem]) -> PromptSet:

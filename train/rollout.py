@@ -16,6 +16,8 @@ from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import GraderPool
 from train.config import Config
 
+ROW_FIELDS = ("lengths", "finished", "correct", "score")  # arrays [n] of a group
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
@@ -31,6 +33,8 @@ class Group:
       finished: bool [n], ended by a stop token.
       correct: bool [n].
       predictions: the answer read from each response, or None.
+      errors: why the grading of a response was cut short, or None.
+      score: float32 [n], the rewards: the rule's own, or +1 for correct and -1 for wrong (as when none are given).
     """
 
     prompt: int
@@ -42,11 +46,23 @@ class Group:
     finished: np.ndarray
     correct: np.ndarray
     predictions: tuple[str | None, ...]
+    errors: tuple[str | None, ...] = ()
+    score: np.ndarray = None  # pyright: ignore[reportAssignmentType] (filled below)
+
+    def __post_init__(self):
+        if self.score is None:
+            object.__setattr__(self, "score", np.where(self.correct, 1.0, -1.0).astype(np.float32))
+        if not self.errors:
+            object.__setattr__(self, "errors", (None,) * len(self.correct))
 
     @property
     def varies(self) -> bool:
-        """Whether the accuracy has a standard deviation above 0, so that its advantages say something."""
-        return bool(self.correct.any() and not self.correct.all())
+        """Whether the scores have a standard deviation above 0, so that the advantages say something.
+
+        Under a rule that says right or wrong that is the accuracy, as published (the overlong punishment is no part of
+        it); under a rule with graded rewards two right responses of different reward are enough.
+        """
+        return bool((self.score != self.score[0]).any())
 
 
 class Collected(NamedTuple):
@@ -177,6 +193,8 @@ class Collector:
             "groups_carried_over": len(self._carried),
             "groups_discarded": 0 if algorithm.surplus == "carry" else len(rest),
             "carried_share": carried / max(1, len(groups)),
+            "prompts_truncated": self._prompts.truncated,
+            "prompts_dropped": self._prompts.dropped,
         }
         if made:
             metrics |= _rollout_metrics(made, seconds, errors)
@@ -227,6 +245,8 @@ class Collector:
                     finished=generation.finished.copy(),
                     correct=np.array([verdict.correct for verdict in verdicts]),
                     predictions=tuple(verdict.prediction for verdict in verdicts),
+                    errors=tuple(verdict.error for verdict in verdicts),
+                    score=np.array([verdict.reward for verdict in verdicts], np.float32),
                 )
             )
         took = {"rollout": generated - start, "grade": time.monotonic() - generated}
@@ -240,12 +260,13 @@ class Collector:
                 "sampled_at": group.sampled_at,
                 "generation_batch": group.generation_batch,
                 "predictions": list(group.predictions),
+                "errors": list(group.errors),
             }
             for group in self._carried
         ]
         arrays = {
             name: np.concatenate([getattr(group, name).reshape(-1) for group in self._carried])
-            for name in ("tokens", "logp", "lengths", "finished", "correct")
+            for name in ("tokens", "logp", *ROW_FIELDS)
             if self._carried
         }
         return {"data": self._batches.get_state(), "carried": plain}, arrays
@@ -257,10 +278,12 @@ class Collector:
         row = at = 0
         n = self._config.rollout.n
         for group in plain["carried"]:
-            rows = {name: arrays[name][row : row + n] for name in ("lengths", "finished", "correct")}
+            # checkpoints made before there were graded rewards have no scores and no errors
+            rows = {name: arrays[name][row : row + n] for name in ROW_FIELDS if name in arrays}
             longest = int(rows["lengths"].max())
             cells = {name: arrays[name][at : at + n * longest].reshape(n, longest) for name in ("tokens", "logp")}
-            fields: dict[str, Any] = group | rows | cells | {"predictions": tuple(group["predictions"])}
+            texts = {name: tuple(group.get(name, ())) for name in ("predictions", "errors")}
+            fields: dict[str, Any] = group | rows | cells | texts
             self._carried.append(Group(**fields))
             row, at = row + n, at + n * longest
 
@@ -290,7 +313,7 @@ def _short_of_groups(step: int, batches: int, made: list[Group], kept: list[Grou
     accuracy = np.mean([group.correct.mean() for group in made])
     return (
         f"trainer step {step}: {batches} generation batches (algorithm.max_generation_batches) gave {len(kept)} groups "
-        f"whose accuracy varies, {wanted} are needed (algorithm.train_batch); mean accuracy {accuracy:.3f}: the "
+        f"whose scores vary, {wanted} are needed (algorithm.train_batch); mean accuracy {accuracy:.3f}: the "
         "problems are too hard or too easy for the model, or the grading rule does not read its answers "
         "(algorithm.when_short=pad would train on what there is)"
     )

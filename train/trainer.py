@@ -187,7 +187,7 @@ class Trainer:
             rows.response_NR[at] = np.arange(R) < group.lengths[:, None]
             rows.logp_NR[at, :longest] = group.logp
             rows.group_N[at] = g
-            rows.score_N[at] = np.where(group.correct, 1.0, -1.0)
+            rows.score_N[at] = group.score
         if reward.overlong_buffer:  # of all rows at once: empty rows have length 0, hence no punishment
             rows.penalty_N[:] = overlong_penalty(
                 rows.response_NR.sum(axis=1),

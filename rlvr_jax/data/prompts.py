@@ -36,6 +36,13 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.problems)
 
+    def summary(self, max_tokens: int | None) -> str:
+        """How many rows there are, of how many problems, and what became of prompts longer than `max_tokens`."""
+        problems = len({problem.id for problem in self.problems})
+        kept = f"{len(self):,} prompts of {problems:,} problems"
+        lost = f"{self.truncated:,} cut on the left, {self.dropped:,} dropped"
+        return kept if max_tokens is None else f"{kept}; longer than {max_tokens:,} tokens: {lost}"
+
 
 def tokenize_prompts(
     tokenizer: Tokenizer,

@@ -6,6 +6,7 @@ Only the standard library is imported, because the grading worker loads this fil
 import re
 
 PREDICTION_LIMIT = 2000  # characters; answers of the MATH test set stay below 160
+TAGGED_LIMIT = 20_000  # characters; some reasoning-gym answers are grids of 30 x 30 cells
 DAPO_TAIL = 300  # characters of the response that DAPO's rule looks at
 DAPO_MISSING = "[INVALID]"
 
@@ -68,6 +69,31 @@ def last_boxed(text: str, limit: int = PREDICTION_LIMIT) -> tuple[str | None, st
     if len(text) > start + limit + 2:
         return None, f"the last \\boxed{{...}} does not close within {limit} characters"
     return None, None
+
+
+def final_answer(text: str, limit: int = TAGGED_LIMIT) -> tuple[str | None, str | None]:
+    r"""The final answer of a response in one of three forms, as `(answer, error)`; the first that is there counts.
+
+    1. what stands in the last closed `<answer>...</answer>`;
+    2. the content of the last `\boxed{...}`, if there is a `\boxed` at all (see `last_boxed`);
+    3. the last line that has `Answer:` in it (any case), from there on.
+
+    Spaces around it are dropped. More than `limit` characters give None and an error. The time taken is linear.
+    """
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start >= 0:
+        found = text[start + len("<answer>") : end]
+    elif "\\boxed" in text:
+        found, error = last_boxed(text, limit)
+        if error is not None:
+            return None, error
+    else:
+        lines = _ANSWER_LINE.findall(text)
+        found = lines[-1] if lines else None
+    if found is not None and len(found) > limit:
+        return None, f"the answer has more than {limit} characters"
+    return None if found is None else found.strip(), None
 
 
 def dapo_normalize(answer: str) -> str:

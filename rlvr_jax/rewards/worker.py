@@ -6,10 +6,13 @@ worker. (An exception raised inside sympy by a timer would leave half-made entri
 could then depend on earlier ones.)
 """
 
+import copy
 import functools
+import hashlib
 import importlib
 import json
 import logging
+import math
 import os
 import resource
 import runpy
@@ -58,8 +61,8 @@ def _math_verify():
         correct = bool(math_verify.verify(gold, target, timeout_seconds=0))
         failure = None if correct else gold_failure or target_failure or failures.last
         if failure is None and not gold:
-            return correct, prediction, "no answer can be read from the reference answer"
-        return correct, prediction, None if failure is None else _reason(failure)
+            return correct, prediction, "no answer can be read from the reference answer", None
+        return correct, prediction, None if failure is None else _reason(failure), None
 
     grade("\\frac{1}{2}", "0.5")  # compiles the regular expressions and fills the parser's tables now, not on the clock
     return grade
@@ -69,7 +72,41 @@ def _dapo_answer():
     rules = runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), "rules.py"))
 
     def grade(response, answer):
-        return *rules["dapo_verdict"](rules["dapo_prediction"](response), answer), None
+        return *rules["dapo_verdict"](rules["dapo_prediction"](response), answer), None, None
+
+    return grade
+
+
+def _reasoning_gym():
+    """Scores by the task's own `score_answer`; the entry is made again from its task, configuration and index."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ImportError(f"{error} (pip install reasoning-gym)") from error
+
+    @functools.lru_cache(maxsize=256)
+    def made(task, config):
+        return reasoning_gym.create_dataset(task, **json.loads(config))
+
+    @functools.lru_cache(maxsize=4096)
+    def entry_of(task, config, index, digest):
+        entry = made(task, config)[index]
+        if hashlib.sha256(entry["question"].encode(errors="surrogatepass")).hexdigest()[: len(digest)] != digest:
+            raise ValueError(f"{task} {index} is another question when it is made again")
+        return entry
+
+    def grade(prediction, answer):
+        try:
+            asked = json.loads(answer)
+            task, config, index = asked["task"], json.dumps(asked["config"], sort_keys=True), asked["index"]
+            digest = asked["question_sha256"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError("the reference answer is not that of a reasoning-gym problem") from error
+        entry = copy.deepcopy(entry_of(task, config, index, digest))
+        score = float(made(task, config).score_answer(prediction, entry))
+        if not math.isfinite(score):
+            return False, prediction, f"{task} gave the score {score}", None
+        return score >= 1, prediction, None, score
 
     return grade
 
@@ -80,11 +117,16 @@ def _function(rule):
 
     def grade(response, answer):
         verdict = function(response, answer)
-        correct, prediction = verdict if isinstance(verdict, tuple) and len(verdict) == 2 else (verdict, None)
-        # numpy's bool and a score of 0 or 1 count as booleans; a graded score does not
-        if correct not in (True, False) or not (prediction is None or isinstance(prediction, str)):
-            raise TypeError(f"{rule} returned {verdict!r}, expected a bool or (bool, str or None)")
-        return bool(correct), prediction, None
+        value, prediction = verdict if isinstance(verdict, tuple) and len(verdict) == 2 else (verdict, None)
+        value = value.item() if hasattr(value, "item") else value  # numpy's and other scalars
+        known = isinstance(value, float) or (isinstance(value, int) and value in (0, 1))
+        if not known or not (prediction is None or isinstance(prediction, str)):
+            raise TypeError(f"{rule} returned {verdict!r}, expected a bool, a float or a pair of it and a str or None")
+        if not isinstance(value, float):
+            return bool(value), prediction, None, None
+        if not math.isfinite(value):
+            return False, prediction, f"{rule} returned the score {value}", None
+        return value > 0, prediction, None, value
 
     return grade
 
@@ -130,7 +172,7 @@ def main():
     rule, orphan_s = config["rule"], config["orphan_s"]
     sys.path[:] = config["path"]
     try:
-        builtin = {"math_verify": _math_verify, "dapo_answer": _dapo_answer}.get(rule)
+        builtin = {"math_verify": _math_verify, "dapo_answer": _dapo_answer, "reasoning_gym": _reasoning_gym}.get(rule)
         grade = builtin() if builtin else _function(rule)
     except Exception as error:
         reply(fatal=_reason(error))
@@ -145,12 +187,13 @@ def main():
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, orphan_s)
         try:
-            correct, prediction, error = grade(request["text"], request["answer"])
+            correct, prediction, error, score = grade(request["text"], request["answer"])
         except BaseException as failure:  # a grader's SystemExit too
-            correct, prediction, error = False, None, _reason(failure)
+            correct, prediction, error, score = False, None, _reason(failure), None
         signal.setitimer(signal.ITIMER_REAL, 0)
-        last = allowed is not None and _peak_mb() > allowed
-        reply(correct=correct, prediction=prediction, error=error, last=last)
+        peak_mb = _peak_mb()
+        last = allowed is not None and peak_mb > allowed
+        reply(correct=correct, prediction=prediction, error=error, score=score, last=last, peak_mb=peak_mb)
         if last:
             return
 
