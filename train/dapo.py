@@ -12,9 +12,10 @@ from jax.typing import ArrayLike
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.qwen import hidden_states, unembedding
 from rlvr_jax.objectives.advantages import group_advantages
+from rlvr_jax.objectives.correction import importance_weights, kl_penalty
 from rlvr_jax.objectives.logprobs import chunked_logprobs
 from rlvr_jax.objectives.masks import token_mask
-from rlvr_jax.objectives.policy import aggregate, policy_loss
+from rlvr_jax.objectives.policy import aggregate, cispo_loss, gspo_loss, policy_loss
 from rlvr_jax.objectives.reweight import CURRENT_REWEIGHTINGS, reweight
 from train.config import AlgorithmConfig
 
@@ -121,12 +122,14 @@ def advantages(
     return alone_N, each_NR, select(algorithm.loss_mask), chosen_NR
 
 
-def make_loss(algorithm: AlgorithmConfig, *, chunk: int) -> Callable[..., tuple]:
-    """The DAPO loss of a (micro-)batch, for `make_train_step`: a clipped policy loss; no KL term, no entropy bonus.
+def make_loss(algorithm: AlgorithmConfig, *, chunk: int, max_response: int | None = None) -> Callable[..., tuple]:
+    """The loss of a (micro-)batch, for `make_train_step`: policy loss x importance weight + kl_coef x KL penalty.
 
-    The batch is a dict: tokens_BT, mask_BT, old_logp_BR, advantages_BR, loss_mask_BR, reweight_mask_BR, and the scalars
-    temperature, alpha, clip_low, clip_high, clip_dual.
+    The batch is a dict: tokens_BT, mask_BT, old_logp_BR, advantages_BR, loss_mask_BR, reweight_mask_BR, and the
+    scalars of `scalars`. With a KL penalty it has ref_logp_BR too, with importance weights importance_BR. No entropy
+    bonus. `max_response` is the length in tokens that "seq-mean-token-sum-norm" divides by; None: R.
     """
+    policy = _policy(algorithm)
 
     def loss_fn(apply: Apply, params: Any, batch: dict) -> tuple:
         R = batch["old_logp_BR"].shape[1]
@@ -144,11 +147,31 @@ def make_loss(algorithm: AlgorithmConfig, *, chunk: int) -> Callable[..., tuple]
                 where=algorithm.reweight.where,
                 token_mask_BT=batch["reweight_mask_BR"],
             )
-        clips = {name: batch[name] for name in ("clip_low", "clip_high", "clip_dual")}
-        loss_BR, metrics = policy_loss(logp_BR, batch["old_logp_BR"], advantages_BR, mask_BR, **clips)
-        return aggregate(loss_BR, mask_BR, algorithm.aggregation, max_length=R), metrics
+        loss_BR, metrics = policy(batch, logp_BR, advantages_BR)
+        if algorithm.importance != "none":
+            loss_BR = loss_BR * batch["importance_BR"]
+        if algorithm.kl_coef:
+            kl_BR = kl_penalty(logp_BR, batch["ref_logp_BR"], mask_BR)
+            loss_BR = loss_BR + batch["kl_coef"] * kl_BR
+            metrics = metrics | {"ref_kl": jax.lax.stop_gradient(aggregate(kl_BR, mask_BR))}
+        return aggregate(loss_BR, mask_BR, algorithm.aggregation, max_length=max_response or R), metrics
 
     return loss_fn
+
+
+def _policy(algorithm: AlgorithmConfig) -> Callable[[dict, jax.Array, jax.Array], tuple]:
+    """`policy(batch, logp_BR, advantages_BR) -> (loss_BR, metrics)` of the configuration's loss."""
+    loss = {"dapo": policy_loss, "gspo": gspo_loss, "cispo": cispo_loss}[algorithm.loss]
+
+    def policy(batch: dict, logp_BR: jax.Array, advantages_BR: jax.Array) -> tuple:
+        options: dict[str, Any] = {name: batch[name] for name in ("clip_low", "clip_high")}
+        if algorithm.loss == "dapo":
+            options["clip_dual"] = batch.get("clip_dual")
+        elif algorithm.loss == "gspo":  # a mask for the loss does not change what a response is
+            options["response_BT"] = batch["mask_BT"][:, -logp_BR.shape[1] :]
+        return loss(logp_BR, batch["old_logp_BR"], advantages_BR, batch["loss_mask_BR"], **options)
+
+    return policy
 
 
 def scalars(algorithm: AlgorithmConfig, temperature: float) -> dict[str, np.float32]:
@@ -158,9 +181,29 @@ def scalars(algorithm: AlgorithmConfig, temperature: float) -> dict[str, np.floa
         "alpha": algorithm.reweight.alpha,
         "clip_low": algorithm.clip_low,
         "clip_high": algorithm.clip_high,
-        "clip_dual": algorithm.clip_dual,
     }
+    if algorithm.clip_dual is not None:
+        values["clip_dual"] = algorithm.clip_dual
+    if algorithm.kl_coef:
+        values["kl_coef"] = algorithm.kl_coef
     return {name: np.float32(value) for name, value in values.items()}
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def importance(
+    kind: str, old_logp_NR: jax.Array, rollout_logp_NR: jax.Array, response_NR: jax.Array, cap: ArrayLike
+) -> jax.Array:
+    """`importance_weights` of a whole trainer step, before it is cut into mini-batches."""
+    return importance_weights(old_logp_NR, rollout_logp_NR, response_NR, kind=kind, cap=cap)
+
+
+def importance_metrics(weight_NR: np.ndarray, mask_NR: np.ndarray, cap: float) -> dict[str, float]:
+    """Mean of the importance weights over response tokens, and the share of them that the cap holds."""
+    weights = weight_NR[mask_NR > 0].astype(np.float64)
+    return {
+        "importance_weight": float(weights.mean()),
+        "importance_capped_share": float((weights >= np.float32(cap)).mean()),
+    }
 
 
 def gap_metrics(rollout_logp_NR: np.ndarray, old_logp_NR: np.ndarray, mask_NR: np.ndarray) -> dict[str, float]:

@@ -12,7 +12,17 @@ from rlvr_jax.rewards.overlong import overlong_penalty
 from rlvr_jax.sharding import ShardingRules
 from rlvr_jax.training import TrainState, adamw, make_train_step, warmup_constant, with_learning_rate
 from train.config import Config
-from train.dapo import Rows, advantages, gap_metrics, make_loss, make_scorer, model_apply, scalars
+from train.dapo import (
+    Rows,
+    advantages,
+    gap_metrics,
+    importance,
+    importance_metrics,
+    make_loss,
+    make_scorer,
+    model_apply,
+    scalars,
+)
 from train.rollout import Group
 
 
@@ -34,7 +44,7 @@ class Trainer:
       params: float32 master weights, on the ambient mesh.
       prompts: the prompt set that groups refer to.
       prompt_length: columns for a prompt.
-      reference: parameters of the base model, for the masks that compare with it; None otherwise.
+      reference: parameters of the base model, for the masks and the penalty that compare with it; None otherwise.
     """
 
     def __init__(
@@ -49,6 +59,8 @@ class Trainer:
         self._config, self._prompts, self._prompt_length = config, prompts, prompt_length
         self._reference = reference
         optim, algorithm, chunk = config.optim, config.algorithm, config.model.logprob_chunk
+        if reference is None and algorithm.needs_reference:
+            raise ValueError("reference=None: the configuration's masks or its KL penalty compare with the base model")
         optimizer = adamw(
             b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, clip_norm=optim.clip_norm
         )
@@ -58,7 +70,7 @@ class Trainer:
         self._step = make_train_step(
             apply,
             optimizer,
-            make_loss(algorithm, chunk=chunk),
+            make_loss(algorithm, chunk=chunk, max_response=config.rollout.max_response),
             micro_batches=algorithm.micro_batches,
             shardings=jax.tree.map(lambda x: x.sharding, self.state),
         )
@@ -95,13 +107,23 @@ class Trainer:
         on_phase("update")
         lr = warmup_constant(trainer_step, peak=config.optim.lr, warmup=config.optim.warmup)
         self.state = with_learning_rate(self.state, lr)
-        names = ("tokens_BT", "mask_BT", "old_logp_BR", "advantages_BR", "loss_mask_BR", "reweight_mask_BR")
-        arrays = (rows.tokens_NT, rows.mask_NT, old_logp_NR, each_NR, loss_mask_NR, reweight_mask_NR)
+        arrays = {
+            "tokens_BT": rows.tokens_NT,
+            "mask_BT": rows.mask_NT,
+            "old_logp_BR": old_logp_NR,
+            "advantages_BR": each_NR,
+            "loss_mask_BR": loss_mask_NR,
+            "reweight_mask_BR": reweight_mask_NR,
+        }
+        if config.algorithm.kl_coef and ref_logp_NR is not None:
+            arrays["ref_logp_BR"] = ref_logp_NR
+        if config.algorithm.importance != "none":
+            arrays["importance_BR"] = self._importance(rows, old_logp_NR, rollout_logp_NR)
         shared = scalars(config.algorithm, config.rollout.temperature)
         made = []
         for begin in range(0, len(groups) * config.rollout.n, self._mini_rows):  # later ones would be padding alone
-            part = self._put(*(x[begin : begin + self._mini_rows] for x in arrays))
-            self.state, metrics = self._step(self.state, dict(zip(names, part, strict=True)) | shared)
+            part = self._put(*(x[begin : begin + self._mini_rows] for x in arrays.values()))
+            self.state, metrics = self._step(self.state, dict(zip(arrays, part, strict=True)) | shared)
             made.append(metrics)
         metrics = _over_mini_batches(jax.device_get(made))
 
@@ -126,6 +148,8 @@ class Trainer:
         }
         for name, mask_NR in {"rollout_gap": real_NR, "rollout_gap_fresh": fresh_NR}.items():
             metrics |= {f"{name}_{key}": x for key, x in gap_metrics(rollout_logp_NR, old_logp_NR, mask_NR).items()}
+        if "importance_BR" in arrays:
+            metrics |= importance_metrics(arrays["importance_BR"], real_NR, config.algorithm.importance_cap)
         if ref_logp_NR is not None:
             metrics["delta_logp"] = float((old_logp_NR - ref_logp_NR)[real_NR].mean())
         return Outcome(metrics, rows.score_N, advantage_N, old_logp_NR.sum(axis=1) / np.maximum(tokens_N, 1))
@@ -163,6 +187,12 @@ class Trainer:
             )
             rows.score_N[:] += penalty_N
         return rows, logp_NR, penalty_N
+
+    def _importance(self, rows: Rows, old_logp_NR: np.ndarray, rollout_logp_NR: np.ndarray) -> np.ndarray:
+        """Importance weights [N, R] of the sampler's tokens under the policy that is about to be updated."""
+        algorithm = self._config.algorithm
+        arrays = self._put(old_logp_NR, rollout_logp_NR, rows.response_NR)
+        return jax.device_get(importance(algorithm.importance, *arrays, np.float32(algorithm.importance_cap)))
 
     def _scores(self, params: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         """Log-probs and entropies [N, R] under `params`, in parts as large as a micro-batch of the update."""
