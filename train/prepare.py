@@ -29,6 +29,8 @@ from train.evaluate import distinct
 
 log = logging.getLogger(__name__)
 
+MICRO_ROWS = "algorithm.mini_batch * rollout.n / algorithm.micro_batches"
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -49,8 +51,13 @@ class Job:
 
 def prepare(argv: Sequence[str]) -> Job:
     """Reads the configuration and every input but the weights. Raises ValueError naming what is wrong."""
-    config = parse_config(Config, argv, prog="python -m train", description="Trains a Qwen model with DAPO.")
-    return check(config)
+    return check(configuration(argv))
+
+
+def configuration(argv: Sequence[str]) -> Config:
+    """The configuration of a command line, not checked yet."""
+    description = "Trains a Qwen model with DAPO.\n\n--dry-run: check the files, print what the run would be and take."
+    return parse_config(Config, argv, prog="python -m train", description=description)
 
 
 def check(config: Config) -> Job:
@@ -61,12 +68,9 @@ def check(config: Config) -> Job:
             raise ValueError(f"{path}: no such file")
     folder = model_folder(config.model.path)
     tokenizer = load_tokenizer(folder)
-    suffix, repeats = config.data.prompt_suffix, "by_id" if config.data.deduplicate else "none"
-    train = _prompts(config, tokenizer, read_problems(config.data.train, prompt_suffix=suffix, deduplicate=repeats))
-    val = None
-    if config.data.val is not None and config.eval.every:
-        problems = distinct(read_problems(config.data.val, prompt_suffix=suffix))
-        val = _prompts(config, tokenizer, problems)
+    train = tokenized(config, tokenizer, training_problems(config))
+    problems = validation_problems(config)
+    val = None if problems is None else tokenized(config, tokenizer, problems)
     longest = max(len(tokens) for prompts in (train, val) if prompts for tokens in prompts.tokens)
     model_config = read_model_config(
         folder,
@@ -77,7 +81,7 @@ def check(config: Config) -> Job:
         longest=longest + config.rollout.max_response,
         what=f"the longest prompt ({longest} tokens) + rollout.max_response={config.rollout.max_response}",
     )
-    mesh = mesh_for(config.mesh, _rows(config), "algorithm.mini_batch * rollout.n / algorithm.micro_batches")
+    mesh = mesh_for(config.mesh, micro_rows(config), MICRO_ROWS)
     if config.reward.rule not in RULES:
         with GraderPool(workers=1, timeout_s=config.reward.timeout_s) as pool:
             pool.grade(config.reward.rule, [""], [""])  # a rule of one's own must at least be there
@@ -96,6 +100,24 @@ def check(config: Config) -> Job:
         record=record,
         resume_from=resumable(config.run_dir, record, MAY_CHANGE, defaults=config_dict(Config())),
     )
+
+
+def training_problems(config: Config) -> list[Problem]:
+    """The rows of data.train that the run trains on."""
+    repeats = "by_id" if config.data.deduplicate else "none"
+    return read_problems(config.data.train, prompt_suffix=config.data.prompt_suffix, deduplicate=repeats)
+
+
+def validation_problems(config: Config) -> list[Problem] | None:
+    """The distinct problems of data.val; None where nothing is evaluated."""
+    if config.data.val is None or not config.eval.every:
+        return None
+    return distinct(read_problems(config.data.val, prompt_suffix=config.data.prompt_suffix))
+
+
+def tokenized(config: Config, tokenizer: Tokenizer, problems: list[Problem]) -> PromptSet:
+    """The prompts of problems as the run wants them."""
+    return tokenize_prompts(tokenizer, problems, max_tokens=config.data.max_prompt, overlong=config.data.too_long)
 
 
 def check_values(config: Config) -> None:
@@ -274,10 +296,14 @@ def resolved_dtype(compute_dtype: str) -> str:
 def mesh_for(sizes: MeshConfig, rows: int, what: str) -> Mesh:
     """The mesh; ValueError when its data and fsdp axes do not divide the `rows` that pass through the model at once."""
     mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    check_shards(mesh.shape["data"] * mesh.shape["fsdp"], rows, what)
+    return mesh
+
+
+def check_shards(shards: int, rows: int, what: str) -> None:
+    """ValueError when the rows do not divide over the shards of the batch."""
     if rows % shards:
         raise ValueError(f"{what} = {rows} rows do not divide over the {shards} shards of mesh.data * mesh.fsdp")
-    return mesh
 
 
 def fingerprint(*parts: bytes) -> str:
@@ -304,10 +330,6 @@ def resumable(run_dir: str, record: dict, may_change: Sequence[str], *, defaults
         return step
 
 
-def _prompts(config: Config, tokenizer: Tokenizer, problems: list[Problem]) -> PromptSet:
-    return tokenize_prompts(tokenizer, problems, max_tokens=config.data.max_prompt, overlong=config.data.too_long)
-
-
 def _filled(saved: dict, defaults: dict) -> dict:
     return defaults | {
         key: _filled(value, defaults.get(key) or {}) if isinstance(value, dict) else value
@@ -315,5 +337,6 @@ def _filled(saved: dict, defaults: dict) -> dict:
     }
 
 
-def _rows(config: Config) -> int:
+def micro_rows(config: Config) -> int:
+    """Rows that pass through the model at once."""
     return config.algorithm.mini_batch * config.rollout.n // config.algorithm.micro_batches
