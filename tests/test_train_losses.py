@@ -145,7 +145,8 @@ def test_importance_weights_and_the_penalty_reach_a_trainer_step():
             mask[row, P - k : P + group.lengths[i]] = 1
             rollout[row, :width] = group.logp[i]
     real = mask[:, P:] > 0
-    old, ref = (np.float64(full_logprobs(MODEL, p, tokens, mask, T)[1])[:, P - 1 :] for p in (before, reference))
+    score = jax.jit(lambda p: full_logprobs(MODEL, p, tokens, mask, T)[1][:, P - 1 :])
+    old, ref = (np.float64(score(p)) for p in (before, reference))
     weight = np.minimum(np.exp(old - rollout), cap)
     d = ref - old
     penalty = np.exp(d) - d - 1

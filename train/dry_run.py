@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlvr_jax.program import config_dict
@@ -40,7 +41,7 @@ def report(found: Found, console: Console) -> None:
     default = _flat(config_dict(Config()))
     recipe = Table("key", "value", title="Recipe (bold: not the default)", title_justify="left")
     for key, value in _flat(config_dict(config)).items():
-        recipe.add_row(key, f"{value}", style="bold" if value != default.get(key) else None)
+        recipe.add_row(key, escape(str(value)), style="bold" if value != default.get(key) else None)
     console.print(recipe)
     if any(check.name == "values" and not check.ok for check in found.checks):
         console.print("counters, tokens, memory: not counted, since values are wrong")
@@ -50,7 +51,7 @@ def report(found: Found, console: Console) -> None:
     checks = Table("check", "", "", title="Checks", title_justify="left")
     for check in found.checks:
         word = {True: "ok", False: "[red]FAILED[/red]", None: "not made"}[check.ok]
-        checks.add_row(check.name, word, check.says.replace("[", r"\["))
+        checks.add_row(check.name, word, escape(check.says))
     console.print(checks)
     console.print("Not checked: the content of the weights, a checkpoint to go on from, the number of devices.")
 
