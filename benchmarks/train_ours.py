@@ -31,7 +31,7 @@ def start(hello: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     )
     score = make_scorer(apply, chunk=chunk)
     step = make_accumulating_step(
-        apply, optimizer, make_loss(algorithm, chunk=chunk, max_length=cases.LENGTH - cases.PROMPT)
+        apply, optimizer, make_loss(algorithm, chunk=chunk, max_response=cases.LENGTH - cases.PROMPT)
     )
     state = with_learning_rate(TrainState.create(params, optimizer), cases.LR)
     prepared: dict[str, tuple[PackedRows, list[np.ndarray]]] = {}

@@ -1,9 +1,5 @@
 """How many responses are decoded at once: planned from the memory of a device, before anything is loaded."""
 
-import math
-
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from decode.config import DecodeConfig, Setting
@@ -13,8 +9,8 @@ from rlvr_jax.decoding.engine import prefill_rows
 from rlvr_jax.decoding.memory import GIB, MemoryPlan, device_memory, plan_slots, working_bytes
 from rlvr_jax.models.cache import cache_bytes
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.models.qwen import ParamSpec, param_specs
-from rlvr_jax.sharding import DEFAULT_RULES, batch_shards
+from rlvr_jax.models.memory import weight_bytes
+from rlvr_jax.sharding import batch_shards
 
 MOST_SLOTS = 256  # taken unasked: more of them gain little speed and make the last responses of a queue wait longer
 
@@ -53,22 +49,6 @@ def plan(config: DecodeConfig, inputs: Inputs, dtype: str, mesh: Mesh | None, se
         step=step,
         other_cache=other,
     )
-
-
-def weight_bytes(model: QwenConfig, dtype: str, mesh: Mesh | None) -> int:
-    """Bytes a device of a model's parameters in this dtype."""
-    specs = jax.tree.leaves(param_specs(model), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
-    parts = 0
-    for spec in specs:
-        ways = 1
-        if mesh is not None:
-            placed = DEFAULT_RULES.fitting_spec(mesh, spec.axes, spec.shape)
-            names = [
-                name for axes in placed if axes is not None for name in ((axes,) if isinstance(axes, str) else axes)
-            ]
-            ways = math.prod(mesh.shape[name] for name in names)
-        parts += math.prod(spec.shape) // ways
-    return parts * jnp.dtype(dtype).itemsize
 
 
 def _slot_cache(models: list[QwenConfig], length: int, dtype: str, mesh: Mesh | None) -> int:

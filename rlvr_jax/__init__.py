@@ -21,18 +21,20 @@ from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf, save_hf
 from rlvr_jax.models.qwen import Qwen
 from rlvr_jax.objectives.advantages import group_advantages
+from rlvr_jax.objectives.correction import importance_weights, kl_penalty
 from rlvr_jax.objectives.logprobs import chunked_logprobs, token_logprobs
 from rlvr_jax.objectives.masks import token_mask
-from rlvr_jax.objectives.policy import aggregate, policy_loss
+from rlvr_jax.objectives.policy import aggregate, cispo_loss, gspo_loss, policy_loss
 from rlvr_jax.objectives.reweight import reweight
 from rlvr_jax.rewards import Graded, dapo_answer_reward, math_verify_reward, overlong_penalty
 from rlvr_jax.sharding import ShardingRules, constrain, make_mesh
 from rlvr_jax.training import TrainState, make_train_step
 
 __all__ = [
-    "Generation", "Graded", "Qwen", "QwenConfig", "SelectiveGeneration", "ShardingRules", "TrainState",
-    "aggregate", "avg_at_k", "chunked_logprobs", "constrain", "dapo_answer_reward", "delta_logp", "entropy",
-    "extrapolate", "filtered_logprobs", "fires", "generate", "generate_selective", "group_advantages", "js_average",
-    "js_divergence", "kl_divergence", "load_hf", "maj_at_k", "make_mesh", "make_train_step", "math_verify_reward",
-    "overlong_penalty", "pass_at_k", "policy_loss", "reweight", "sample", "save_hf", "token_logprobs", "token_mask",
+    "Generation", "Graded", "Qwen", "QwenConfig", "SelectiveGeneration", "ShardingRules", "TrainState", "aggregate",
+    "avg_at_k", "chunked_logprobs", "cispo_loss", "constrain", "dapo_answer_reward", "delta_logp", "entropy",
+    "extrapolate", "filtered_logprobs", "fires", "generate", "generate_selective", "group_advantages", "gspo_loss",
+    "importance_weights", "js_average", "js_divergence", "kl_divergence", "kl_penalty", "load_hf", "maj_at_k",
+    "make_mesh", "make_train_step", "math_verify_reward", "overlong_penalty", "pass_at_k", "policy_loss", "reweight",
+    "sample", "save_hf", "token_logprobs", "token_mask",
 ]  # fmt: skip

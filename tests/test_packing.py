@@ -92,7 +92,7 @@ def test_packed_sequences_do_not_see_one_another(qk_norm):
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)
 def test_aggregation_of_packed_rows_is_that_of_rows_apart(mode):
-    prompts, _, response = responses()
+    _, _, response = responses()
     rows = packed(16)
     rng = np.random.default_rng(2)
     values = rng.normal(size=response.shape).astype(np.float32)
@@ -123,7 +123,7 @@ def update(row_length, micro_rows):
     ones = rows.response_NR.astype(np.float32)
     spread = [rows.spread(x) for x in (old, advantage, ones, ones)]
     names = ("tokens_BT", "segment_BT", "old_logp_BT", "advantages_BT", "loss_mask_BT", "reweight_mask_BT")
-    step = make_accumulating_step(apply, optimizer, make_loss(ALGORITHM, chunk=16, max_length=8))
+    step = make_accumulating_step(apply, optimizer, make_loss(ALGORITHM, chunk=16, max_response=8))
     state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer)
     sums = None
     for part in rows.micro_batches(*spread):

@@ -207,7 +207,7 @@ def dapo_update(mesh_sizes, micro_batches, algorithm):
         step = make_train_step(
             apply,
             optimizer,
-            make_loss(algorithm, chunk=16, max_length=R),
+            make_loss(algorithm, chunk=16, max_response=R),
             micro_batches=micro_batches,
             shardings=None if mesh is None else jax.tree.map(lambda x: x.sharding, state),
         )
@@ -304,7 +304,7 @@ def test_padding_rows_count_for_nothing(one_device):
     )
     batch = {"tokens_BT": tokens, "segment_BT": mask} | scalars(PAPER, 1.0)
     batch |= at_tokens(old_logp_BT=old_logp, advantages_BT=weighted, loss_mask_BT=loss_mask, reweight_mask_BT=chosen)
-    step = make_train_step(apply, optimizer, make_loss(PAPER, chunk=16, max_length=R))
+    step = make_train_step(apply, optimizer, make_loss(PAPER, chunk=16, max_response=R))
     before = jax.tree.map(np.array, params)
     state, metrics = step(TrainState.create(params, optimizer), batch)
     gradient = jax.tree.map(lambda a, b: a - np.array(b), before, state.params)

@@ -96,10 +96,25 @@ class AlgorithmConfig:
     reweight: ReweightConfig = ReweightConfig()
     loss_mask: MaskConfig = MaskConfig()
     """Only these tokens enter the loss."""
+    loss: Literal["dapo", "gspo", "cispo"] = "dapo"
+    """dapo: the clipped loss of each token, which is that of PPO, GRPO and Dr. GRPO too (their clips, aggregation,
+    normalize_by_std and kl_coef make the difference); gspo: one ratio and one clip a response; cispo: clipped weights.
+    The clips below are dapo's; gspo's are a thousand times smaller, see the recipes."""
     normalize_by_std: bool = True
+    """Divide advantages by the standard deviation of the group's scores. Dr. GRPO does not."""
     clip_low: float = 0.2
+    """Lower bound of the ratio: 1 - clip_low."""
     clip_high: float = 0.28
-    clip_dual: float = 10.0
+    """Upper bound of the ratio: 1 + clip_high."""
+    clip_dual: float | None = 10.0
+    """Bound of the ratio where the advantage is negative (loss "dapo" alone); None: none."""
+    kl_coef: float = 0.0
+    """Weight of the KL penalty against the base model in the loss of each token; more than 0 runs that model beside."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Truncated importance weights of the loss where sampler and trainer disagree: of each token, or of each response.
+    The sampler's log-probs are those before top-p and top-k, so the weights do not undo these filters."""
+    importance_cap: float = 2.0
+    """The largest such weight."""
     aggregation: str = "token-mean"
     dynamic_sampling: bool = True
     """Keep only groups whose accuracy varies (under a reward rule with graded scores: whose scores vary)."""
@@ -118,6 +133,11 @@ class AlgorithmConfig:
     of full length. Shorter ones are packed together, so that there are fewer parts, each of the same size."""
     row_length: int | None = None
     """Tokens of a row into which responses are packed with their prompts; None: the longest prompt + max_response."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference (base) model runs over every batch."""
+        return self.kl_coef > 0 or self.loss_mask.needs_reference or self.reweight.mask.needs_reference
 
 
 @dataclasses.dataclass(frozen=True)

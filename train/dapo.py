@@ -12,9 +12,10 @@ from jax.typing import ArrayLike
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.qwen import hidden_states, unembedding
 from rlvr_jax.objectives.advantages import group_advantages
+from rlvr_jax.objectives.correction import importance_weights, kl_penalty
 from rlvr_jax.objectives.logprobs import chunked_logprobs
 from rlvr_jax.objectives.masks import token_mask
-from rlvr_jax.objectives.policy import aggregate, policy_loss
+from rlvr_jax.objectives.policy import aggregate, cispo_loss, gspo_loss, policy_loss
 from rlvr_jax.objectives.reweight import CURRENT_REWEIGHTINGS, reweight
 from train.config import AlgorithmConfig
 
@@ -102,13 +103,16 @@ def advantages(
     return alone_N, each_NR, select(algorithm.loss_mask), chosen_NR
 
 
-def make_loss(algorithm: AlgorithmConfig, *, chunk: int, max_length: int) -> Callable[..., tuple]:
-    """The DAPO loss of a (micro-)batch, for `make_train_step`: a clipped policy loss; no KL term, no entropy bonus.
+def make_loss(algorithm: AlgorithmConfig, *, chunk: int, max_response: int) -> Callable[..., tuple]:
+    """The loss of a (micro-)batch, for `make_train_step`: policy loss x importance weight + kl_coef x KL penalty.
 
     The batch is a dict: tokens_BT, segment_BT (0 on padding, the sequences of a row numbered from 1), and at each
-    response token old_logp_BT, advantages_BT, loss_mask_BT, reweight_mask_BT, which are 0 elsewhere; and the
-    scalars temperature, alpha, clip_low, clip_high, clip_dual. `max_length` is the longest response in tokens.
+    response token old_logp_BT, advantages_BT, loss_mask_BT, reweight_mask_BT, which are 0 elsewhere; and the scalars of
+    `scalars`. With a KL penalty it has ref_logp_BT too, with importance weights importance_BT, for GSPO response_BT,
+    which is 1 on every response token. No entropy bonus. `max_response` is the length in tokens that
+    "seq-mean-token-sum-norm" divides by.
     """
+    policy = _policy(algorithm)
 
     def loss_fn(apply: Apply, params: Any, batch: dict) -> tuple:
         segment_BT = batch["segment_BT"]
@@ -126,12 +130,32 @@ def make_loss(algorithm: AlgorithmConfig, *, chunk: int, max_length: int) -> Cal
                 where=algorithm.reweight.where,
                 token_mask_BT=batch["reweight_mask_BT"],
             )
-        clips = {name: batch[name] for name in ("clip_low", "clip_high", "clip_dual")}
-        loss_BT, metrics = policy_loss(logp_BT, batch["old_logp_BT"], advantages_BT, mask_BT, **clips)
-        summed = aggregate(loss_BT, mask_BT, algorithm.aggregation, max_length=max_length, segment_BT=segment_BT)
+        loss_BT, metrics = policy(batch, logp_BT, advantages_BT)
+        if algorithm.importance != "none":
+            loss_BT = loss_BT * batch["importance_BT"]
+        if algorithm.kl_coef:
+            kl_BT = kl_penalty(logp_BT, batch["ref_logp_BT"], mask_BT)
+            loss_BT = loss_BT + batch["kl_coef"] * kl_BT
+            metrics = metrics | {"ref_kl": jax.lax.stop_gradient(aggregate(kl_BT, mask_BT))}
+        summed = aggregate(loss_BT, mask_BT, algorithm.aggregation, max_length=max_response, segment_BT=segment_BT)
         return summed, metrics
 
     return loss_fn
+
+
+def _policy(algorithm: AlgorithmConfig) -> Callable[[dict, jax.Array, jax.Array], tuple]:
+    """`policy(batch, logp_BT, advantages_BT) -> (loss_BT, metrics)` of the configuration's loss."""
+    loss = {"dapo": policy_loss, "gspo": gspo_loss, "cispo": cispo_loss}[algorithm.loss]
+
+    def policy(batch: dict, logp_BT: jax.Array, advantages_BT: jax.Array) -> tuple:
+        options: dict[str, Any] = {name: batch[name] for name in ("clip_low", "clip_high")}
+        if algorithm.loss == "dapo":
+            options["clip_dual"] = batch.get("clip_dual")
+        elif algorithm.loss == "gspo":  # a mask for the loss does not change what a response is
+            options |= {name: batch[name] for name in ("response_BT", "segment_BT")}
+        return loss(logp_BT, batch["old_logp_BT"], advantages_BT, batch["loss_mask_BT"], **options)
+
+    return policy
 
 
 def scalars(algorithm: AlgorithmConfig, temperature: float) -> dict[str, np.float32]:
@@ -141,9 +165,29 @@ def scalars(algorithm: AlgorithmConfig, temperature: float) -> dict[str, np.floa
         "alpha": algorithm.reweight.alpha,
         "clip_low": algorithm.clip_low,
         "clip_high": algorithm.clip_high,
-        "clip_dual": algorithm.clip_dual,
     }
+    if algorithm.clip_dual is not None:
+        values["clip_dual"] = algorithm.clip_dual
+    if algorithm.kl_coef:
+        values["kl_coef"] = algorithm.kl_coef
     return {name: np.float32(value) for name, value in values.items()}
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def importance(
+    kind: str, old_logp_NR: jax.Array, rollout_logp_NR: jax.Array, response_NR: jax.Array, cap: ArrayLike
+) -> jax.Array:
+    """`importance_weights` of a whole trainer step, before it is cut into mini-batches."""
+    return importance_weights(old_logp_NR, rollout_logp_NR, response_NR, kind=kind, cap=cap)
+
+
+def importance_metrics(weight_NR: np.ndarray, mask_NR: np.ndarray, cap: float) -> dict[str, float]:
+    """Mean of the importance weights over response tokens, and the share of them that the cap holds."""
+    weights = weight_NR[mask_NR > 0].astype(np.float64)
+    return {
+        "importance_weight": float(weights.mean()),
+        "importance_capped_share": float((weights >= np.float32(cap)).mean()),
+    }
 
 
 def gap_metrics(rollout_logp_NR: np.ndarray, old_logp_NR: np.ndarray, mask_NR: np.ndarray) -> dict[str, float]:

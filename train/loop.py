@@ -65,7 +65,7 @@ class _Run:
             self._load(jnp.float32),
             job.train,
             self.collector.prompt_length,
-            self._load(job.model_config.dtype) if self._needs_reference() else None,
+            self._load(job.model_config.dtype) if config.algorithm.needs_reference else None,
         )
         self.checkpoints = stack.enter_context(Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep))
         self.trainer_steps = 0
@@ -210,7 +210,3 @@ class _Run:
             return load_hf(self.job.model_folder, dtype=dtype, mesh=self.job.mesh)[1]
         except (ValueError, OSError) as error:
             raise RunError(f"model.path: {error}") from error
-
-    def _needs_reference(self) -> bool:
-        algorithm = self.config.algorithm
-        return algorithm.loss_mask.needs_reference or algorithm.reweight.mask.needs_reference

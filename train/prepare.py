@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.models.config import QwenConfig, platform_dtype
 from rlvr_jax.models.hf import checkpoint_folder
+from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
 from rlvr_jax.objectives.masks import TOKEN_MASKS
-from rlvr_jax.objectives.policy import AGGREGATIONS
+from rlvr_jax.objectives.policy import AGGREGATIONS, POLICY_LOSSES
 from rlvr_jax.objectives.reweight import REWEIGHTINGS
 from rlvr_jax.program import config_dict, parse_config
 from rlvr_jax.rewards.pool import RULES, GraderPool
@@ -28,6 +29,8 @@ from train.config import MAY_CHANGE, Config, MeshConfig
 from train.evaluate import distinct
 
 log = logging.getLogger(__name__)
+
+MICRO_ROWS = "algorithm.mini_batch * rollout.n / algorithm.micro_batches"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +52,13 @@ class Job:
 
 def prepare(argv: Sequence[str]) -> Job:
     """Reads the configuration and every input but the weights. Raises ValueError naming what is wrong."""
-    config = parse_config(Config, argv, prog="python -m train", description="Trains a Qwen model with DAPO.")
-    return check(config)
+    return check(configuration(argv))
+
+
+def configuration(argv: Sequence[str]) -> Config:
+    """The configuration of a command line, not checked yet."""
+    description = "Trains a Qwen model with DAPO.\n\n--dry-run: check the files, print what the run would be and take."
+    return parse_config(Config, argv, prog="python -m train", description=description)
 
 
 def check(config: Config) -> Job:
@@ -60,12 +68,9 @@ def check(config: Config) -> Job:
         check_source(source, rule=config.reward.rule)  # before a model is downloaded
     folder = model_folder(config.model.path)
     tokenizer = load_tokenizer(folder)
-    suffix, repeats = config.data.prompt_suffix, "by_id" if config.data.deduplicate else "none"
-    train = _prompts(config, tokenizer, load_problems(config.data.train, prompt_suffix=suffix, deduplicate=repeats))
-    val = None
-    if config.data.val is not None and config.eval.every:
-        problems = distinct(load_problems(config.data.val, prompt_suffix=suffix))
-        val = _prompts(config, tokenizer, problems)
+    train = tokenized(config, tokenizer, training_problems(config))
+    problems = validation_problems(config)
+    val = None if problems is None else tokenized(config, tokenizer, problems)
     longest = max(len(tokens) for prompts in (train, val) if prompts for tokens in prompts.tokens)
     model_config = read_model_config(
         folder,
@@ -82,8 +87,8 @@ def check(config: Config) -> Job:
             f"algorithm.row_length={row_length}: expected at least {needed} tokens, the longest training prompt + "
             "rollout.max_response"
         )
-    mesh = mesh_for(config.mesh, _rows(config), "algorithm.mini_batch * rollout.n / algorithm.micro_batches")
-    _try_rule(config, train.problems)
+    mesh = mesh_for(config.mesh, micro_rows(config), MICRO_ROWS)
+    try_rule(config, train.problems)
     record = config_dict(config) | {
         "data_sha256": fingerprint(json.dumps([train.tokens, [p.answer for p in train.problems]]).encode())
     }
@@ -97,16 +102,40 @@ def check(config: Config) -> Job:
         val=val,
         mesh=mesh,
         record=record,
-        resume_from=resumable(config.run_dir, record, MAY_CHANGE),
+        resume_from=resumable(config.run_dir, record, MAY_CHANGE, defaults=config_dict(Config())),
     )
 
 
+def training_problems(config: Config) -> list[Problem]:
+    """The rows of data.train that the run trains on."""
+    repeats = "by_id" if config.data.deduplicate else "none"
+    return load_problems(config.data.train, prompt_suffix=config.data.prompt_suffix, deduplicate=repeats)
+
+
+def validation_problems(config: Config) -> list[Problem] | None:
+    """The distinct problems of data.val; None where nothing is evaluated."""
+    if config.data.val is None or not config.eval.every:
+        return None
+    return distinct(load_problems(config.data.val, prompt_suffix=config.data.prompt_suffix))
+
+
+def tokenized(config: Config, tokenizer: Tokenizer, problems: list[Problem]) -> PromptSet:
+    """The prompts of problems as the run wants them."""
+    return tokenize_prompts(tokenizer, problems, max_tokens=config.data.max_prompt, overlong=config.data.too_long)
+
+
 def check_values(config: Config) -> None:
-    """Raises ValueError for values that no file has to be opened to refuse."""
+    """Raises ValueError for values that no file has to be opened to refuse, at the first of `value_faults`."""
+    for fault in value_faults(config):
+        raise ValueError(fault)
+
+
+def value_faults(config: Config) -> Iterator[str]:
+    """What is wrong with the configuration's values by themselves: a sentence each."""
     algorithm, rollout = config.algorithm, config.rollout
     for name, value in {"model.path": config.model.path, "data.train": config.data.train}.items():
         if not value:
-            raise ValueError(f"{name} is empty: expected a path")
+            yield f"{name} is empty: expected a path"
     counts = {
         "rollout.n": rollout.n,
         "rollout.generation_batch": rollout.generation_batch,
@@ -130,19 +159,19 @@ def check_values(config: Config) -> None:
         "checkpoint.keep": config.checkpoint.keep,
         "reward.memory_mb": config.reward.memory_mb,
     }
-    for name, value in (counts | {name: value for name, value in optional.items() if value is not None}).items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
+    low = {name: x for name, x in (counts | optional).items() if x is not None and x < 1}
+    for name, value in low.items():
+        yield f"{name}={value}: expected at least 1"
     if algorithm.dynamic_sampling and rollout.n < 2:
-        raise ValueError(
+        yield (
             f"rollout.n={rollout.n} with algorithm.dynamic_sampling: a group of one never varies, expected at least 2"
         )
-    if algorithm.train_batch % algorithm.mini_batch:
-        raise ValueError(
+    if not low and algorithm.train_batch % algorithm.mini_batch:
+        yield (
             f"algorithm.mini_batch={algorithm.mini_batch} does not divide algorithm.train_batch={algorithm.train_batch}"
         )
-    if algorithm.mini_batch * rollout.n % algorithm.micro_batches:
-        raise ValueError(
+    if not low and algorithm.mini_batch * rollout.n % algorithm.micro_batches:
+        yield (
             f"algorithm.micro_batches={algorithm.micro_batches} does not divide the {algorithm.mini_batch * rollout.n} "
             "rows of a mini-batch (algorithm.mini_batch * rollout.n)"
         )
@@ -150,6 +179,8 @@ def check_values(config: Config) -> None:
     choices = {
         "algorithm.reweight.kind": (algorithm.reweight.kind, REWEIGHTINGS),
         "algorithm.reweight.where": (algorithm.reweight.where, ("all", "positive", "negative")),
+        "algorithm.loss": (algorithm.loss, POLICY_LOSSES),
+        "algorithm.importance": (algorithm.importance, IMPORTANCE_WEIGHTS),
         "algorithm.aggregation": (algorithm.aggregation, AGGREGATIONS),
         "algorithm.surplus": (algorithm.surplus, ("carry", "discard")),
         "algorithm.when_short": (algorithm.when_short, ("error", "pad")),
@@ -157,11 +188,21 @@ def check_values(config: Config) -> None:
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
-            raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+            yield f"{name}={value!r}: expected one of {', '.join(allowed)}"
     bounds = {
-        "algorithm.clip_low": (algorithm.clip_low, 0 <= algorithm.clip_low < 1, "from 0 to below 1"),
+        "algorithm.clip_low": (
+            algorithm.clip_low,
+            0 <= algorithm.clip_low < 1 or (algorithm.clip_low == 1 and algorithm.loss == "cispo"),
+            "from 0 to below 1 (loss cispo: at most 1)",
+        ),
         "algorithm.clip_high": (algorithm.clip_high, 0 <= algorithm.clip_high < math.inf, "from 0 up"),
-        "algorithm.clip_dual": (algorithm.clip_dual, 1 < algorithm.clip_dual < math.inf, "above 1"),
+        "algorithm.clip_dual": (
+            algorithm.clip_dual,
+            algorithm.clip_dual is None or 1 < algorithm.clip_dual < math.inf,
+            "above 1",
+        ),
+        "algorithm.kl_coef": (algorithm.kl_coef, 0 <= algorithm.kl_coef < math.inf, "from 0 up"),
+        "algorithm.importance_cap": (algorithm.importance_cap, 0 < algorithm.importance_cap < math.inf, "above 0"),
         "algorithm.reweight.alpha": (algorithm.reweight.alpha, math.isfinite(algorithm.reweight.alpha), "finite"),
         "rollout.top_k": (rollout.top_k, rollout.top_k >= 0, "0 (off) or more"),
         "reward.timeout_s": (config.reward.timeout_s, 0 < config.reward.timeout_s < math.inf, "above 0"),
@@ -173,32 +214,30 @@ def check_values(config: Config) -> None:
     }
     for name, (value, valid, expected) in bounds.items():
         if not valid:
-            raise ValueError(f"{name}={value}: expected a number {expected}")
+            yield f"{name}={value}: expected a number {expected}"
     if algorithm.reweight.kind == "inverse" and not algorithm.reweight.alpha > 0:
-        raise ValueError(f"algorithm.reweight.alpha={algorithm.reweight.alpha}: 'inverse' needs more than 0")
+        yield f"algorithm.reweight.alpha={algorithm.reweight.alpha}: 'inverse' needs more than 0"
     for name, mask in masks.items():
         if not 0 <= mask.quantile <= 1:
-            raise ValueError(f"{name}.quantile={mask.quantile}: expected a number between 0 and 1")
-    check_optim(config.optim)
+            yield f"{name}.quantile={mask.quantile}: expected a number between 0 and 1"
+    yield from optim_faults(config.optim)
     if not rollout.temperature > 0:
-        raise ValueError(
-            f"rollout.temperature={rollout.temperature}: expected more than 0 (a greedy policy is no policy)"
-        )
+        yield (f"rollout.temperature={rollout.temperature}: expected more than 0 (a greedy policy is no policy)")
     if not config.eval.temperature >= 0:
-        raise ValueError(f"eval.temperature={config.eval.temperature}: expected at least 0")
+        yield f"eval.temperature={config.eval.temperature}: expected at least 0"
     for name, value in {"rollout.top_p": rollout.top_p, "eval.top_p": config.eval.top_p}.items():
         if not 0 < value <= 1:
-            raise ValueError(f"{name}={value}: expected a number above 0, at most 1")
+            yield f"{name}={value}: expected a number above 0, at most 1"
     if not 0 <= config.reward.overlong_buffer <= rollout.max_response:
-        raise ValueError(
+        yield (
             f"reward.overlong_buffer={config.reward.overlong_buffer}: expected 0 to rollout.max_response="
             f"{rollout.max_response} tokens"
         )
     if config.reward.rule not in RULES and ":" not in config.reward.rule:
-        raise ValueError(f"reward.rule={config.reward.rule!r}: expected {', '.join(RULES)} or 'module:function'")
+        yield f"reward.rule={config.reward.rule!r}: expected {', '.join(RULES)} or 'module:function'"
     for name, value in {"seed": config.seed, "eval.seed": config.eval.seed}.items():
         if not 0 <= value < 2**31:
-            raise ValueError(f"{name}={value}: expected 0 to 2**31 - 1")
+            yield f"{name}={value}: expected 0 to 2**31 - 1"
 
 
 def model_folder(path: str) -> Path:
@@ -211,12 +250,18 @@ def model_folder(path: str) -> Path:
 
 def check_optim(optim: Any) -> None:
     """Raises ValueError for optimizer settings that train nothing or spoil the weights."""
+    for fault in optim_faults(optim):
+        raise ValueError(fault)
+
+
+def optim_faults(optim: Any) -> Iterator[str]:
+    """What is wrong with the optimizer's settings: a sentence each."""
     for name in ("lr", "clip_norm", "eps"):
         if not 0 < getattr(optim, name) < math.inf:
-            raise ValueError(f"optim.{name}={getattr(optim, name)}: expected a positive number")
+            yield f"optim.{name}={getattr(optim, name)}: expected a positive number"
     for name, high in (("b1", 1), ("b2", 1), ("weight_decay", math.inf), ("warmup", math.inf)):
         if not 0 <= getattr(optim, name) < high:
-            raise ValueError(f"optim.{name}={getattr(optim, name)}: expected a number from 0 to below {high}")
+            yield f"optim.{name}={getattr(optim, name)}: expected a number from 0 to below {high}"
 
 
 def read_model_config(
@@ -256,10 +301,14 @@ def resolved_dtype(compute_dtype: str) -> str:
 def mesh_for(sizes: MeshConfig, rows: int, what: str) -> Mesh:
     """The mesh; ValueError when its data and fsdp axes do not divide the `rows` that pass through the model at once."""
     mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    check_shards(mesh.shape["data"] * mesh.shape["fsdp"], rows, what)
+    return mesh
+
+
+def check_shards(shards: int, rows: int, what: str) -> None:
+    """ValueError when the rows do not divide over the shards of the batch."""
     if rows % shards:
         raise ValueError(f"{what} = {rows} rows do not divide over the {shards} shards of mesh.data * mesh.fsdp")
-    return mesh
 
 
 def fingerprint(*parts: bytes) -> str:
@@ -270,19 +319,23 @@ def fingerprint(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def resumable(run_dir: str, record: dict, may_change: Sequence[str]) -> int | None:
-    """Step of the newest checkpoint in a run's folder; ValueError if it was made with another configuration."""
+def resumable(run_dir: str, record: dict, may_change: Sequence[str], *, defaults: dict | None = None) -> int | None:
+    """Step of the newest checkpoint in a run's folder; ValueError if it was made with another configuration.
+
+    An option that is younger than the checkpoint had the value that it has in `defaults`.
+    """
     folder = Path(run_dir) / "checkpoints"
     if not folder.is_dir():
         return None
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.latest
         if step is not None:
-            require_same_config(checkpoints.host(step)["config"], record, may_change=may_change)
+            saved = _filled(checkpoints.host(step)["config"], defaults or {})
+            require_same_config(saved, record, may_change=may_change)
         return step
 
 
-def _try_rule(config: Config, problems: Sequence[Problem]) -> None:
+def try_rule(config: Config, problems: Sequence[Problem]) -> None:
     """A rule of one's own must at least be there; a reasoning-gym task must be able to make its problems again."""
     rule, tries = config.reward.rule, [("", "")]
     if rule == "reasoning_gym":
@@ -297,9 +350,13 @@ def _try_rule(config: Config, problems: Sequence[Problem]) -> None:
         raise ValueError(f"data.train={config.data.train}: its problems cannot be graded: {failed[0]}")
 
 
-def _prompts(config: Config, tokenizer: Tokenizer, problems: list[Problem]) -> PromptSet:
-    return tokenize_prompts(tokenizer, problems, max_tokens=config.data.max_prompt, overlong=config.data.too_long)
+def _filled(saved: dict, defaults: dict) -> dict:
+    return defaults | {
+        key: _filled(value, defaults.get(key) or {}) if isinstance(value, dict) else value
+        for key, value in saved.items()
+    }
 
 
-def _rows(config: Config) -> int:
+def micro_rows(config: Config) -> int:
+    """Rows that pass through the model at once."""
     return config.algorithm.mini_batch * config.rollout.n // config.algorithm.micro_batches

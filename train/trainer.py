@@ -12,7 +12,16 @@ from rlvr_jax.rewards.overlong import overlong_penalty
 from rlvr_jax.sharding import ShardingRules
 from rlvr_jax.training import TrainState, adamw, make_accumulating_step, warmup_constant, with_learning_rate
 from train.config import Config
-from train.dapo import advantages, gap_metrics, make_loss, make_scorer, model_apply, scalars
+from train.dapo import (
+    advantages,
+    gap_metrics,
+    importance,
+    importance_metrics,
+    make_loss,
+    make_scorer,
+    model_apply,
+    scalars,
+)
 from train.packed import PackedRows
 from train.rollout import Group
 
@@ -58,7 +67,7 @@ class Trainer:
       params: float32 master weights, on the ambient mesh.
       prompts: the prompt set that groups refer to.
       prompt_length: columns for a prompt.
-      reference: parameters of the base model, for the masks that compare with it; None otherwise.
+      reference: parameters of the base model, for the masks and the penalty that compare with it; None otherwise.
     """
 
     def __init__(
@@ -73,6 +82,8 @@ class Trainer:
         self._config, self._prompts = config, prompts
         self._reference = reference
         optim, algorithm, chunk = config.optim, config.algorithm, config.model.logprob_chunk
+        if reference is None and algorithm.needs_reference:
+            raise ValueError("reference=None: the configuration's masks or its KL penalty compare with the base model")
         optimizer = adamw(
             b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, clip_norm=optim.clip_norm
         )
@@ -82,7 +93,7 @@ class Trainer:
         self._step = make_accumulating_step(
             apply,
             optimizer,
-            make_loss(algorithm, chunk=chunk, max_length=config.rollout.max_response),
+            make_loss(algorithm, chunk=chunk, max_response=config.rollout.max_response),
             shardings=jax.tree.map(lambda x: x.sharding, self.state),
         )
         self._mesh = jax.tree.leaves(self.state.params)[0].sharding.mesh
@@ -128,6 +139,12 @@ class Trainer:
             "loss_mask_BT": loss_mask_NR,
             "reweight_mask_BT": reweight_mask_NR,
         }
+        if config.algorithm.kl_coef and ref_logp_NR is not None:
+            arrays["ref_logp_BT"] = ref_logp_NR
+        if config.algorithm.importance != "none":
+            arrays["importance_BT"] = self._importance(rows, old_logp_NR)
+        if config.algorithm.loss == "gspo":
+            arrays["response_BT"] = rows.response_NR
         metrics = _over_mini_batches(jax.device_get([self._update(i, part, arrays) for i, part in enumerate(packed)]))
 
         real_NR = rows.response_NR > 0
@@ -151,6 +168,8 @@ class Trainer:
         }
         for name, mask_NR in {"rollout_gap": real_NR, "rollout_gap_fresh": fresh_NR}.items():
             metrics |= {f"{name}_{key}": x for key, x in gap_metrics(rows.logp_NR, old_logp_NR, mask_NR).items()}
+        if "importance_BT" in arrays:
+            metrics |= importance_metrics(arrays["importance_BT"], real_NR, config.algorithm.importance_cap)
         if ref_logp_NR is not None:
             metrics["delta_logp"] = float((old_logp_NR - ref_logp_NR)[real_NR].mean())
         return Outcome(metrics, rows.score_N, advantage_N, old_logp_NR.sum(axis=1) / np.maximum(tokens_N, 1))
@@ -213,6 +232,12 @@ class Trainer:
                 )
             )
         return made
+
+    def _importance(self, rows: Responses, old_logp_NR: np.ndarray) -> np.ndarray:
+        """Importance weights [N, R] of the sampler's tokens under the policy that is about to be updated."""
+        algorithm = self._config.algorithm
+        arrays = self._put(old_logp_NR, rows.logp_NR, rows.response_NR)
+        return jax.device_get(importance(algorithm.importance, *arrays, np.float32(algorithm.importance_cap)))
 
     def _scores(self, params: Any, packed: Sequence[PackedRows], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
         """Log-probs and entropies [N, R] under `params`, 0 beyond the responses."""

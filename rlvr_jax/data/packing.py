@@ -58,7 +58,7 @@ def pack(lengths_N: Sequence[int] | Int[np.ndarray, " N"], capacity: int) -> Pac
 
 
 def places(packing: Packing, offsets_N: Int[np.ndarray, " N"], lengths_N: Int[np.ndarray, " N"]) -> np.ndarray:
-    """Flat index into `[rows, capacity]` of the `lengths_N[i]` tokens from `offsets_N[i]` of each sequence, in order."""
+    """Flat indices into `[rows, capacity]`: of each sequence `lengths_N[i]` tokens from `offsets_N[i]`, in order."""
     begins_N = packing.row_N * packing.capacity + packing.start_N + offsets_N
     within = np.arange(lengths_N.sum()) - np.repeat(np.cumsum(lengths_N) - lengths_N, lengths_N)
     return np.repeat(begins_N, lengths_N) + within

@@ -1,4 +1,8 @@
-"""The clipped policy objective of DAPO and the reduction of per-token values."""
+"""Policy objectives (clipped as in PPO, GRPO and DAPO; GSPO; CISPO) and the reduction of per-token values.
+
+GRPO is `policy_loss` with one clip on both sides and `aggregate(..., "seq-mean-token-mean")`; Dr. GRPO is
+`policy_loss` on advantages without the division by the standard deviation, with "seq-mean-token-sum-norm".
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ from rlvr_jax.objectives.segments import response_begins, response_sums
 from rlvr_jax.typing import Array, Float, Int
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+POLICY_LOSSES = ("dapo", "gspo", "cispo")
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -57,14 +62,104 @@ def policy_loss(
         loss_BT = jnp.where(dual_BT, bound_BT, loss_BT)
 
     held_BT = clipped_BT > free_BT
+    return loss_BT, _metrics(
+        mask_BT, held_BT & (ratio_BT < 1), held_BT & (ratio_BT > 1), dual_BT, log_ratio_BT, ratio_BT
+    )
+
+
+def gspo_loss(
+    logp_BT: Float[Array, "B T"],
+    old_logp_BT: Float[Array, "B T"],
+    advantages_BT: Float[Array, "B T"],
+    mask_BT: Mask,
+    *,
+    clip_low: ArrayLike = 3e-4,
+    clip_high: ArrayLike = 4e-4,
+    response_BT: Mask | None = None,
+    segment_BT: Int[Array, "B T"] | None = None,
+) -> tuple[Float[jax.Array, "B T"], Metrics]:
+    """Per-token form of the sequence-level objective GSPO (2507.18071; there "GSPO-token").
+
+    s = exp(clip(mean over the response's tokens of (logp - old_logp), -20, 20)), one ratio a response; each token's
+    loss is max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)), where s_t = sg(s) exp(logp_t - sg(logp_t)) stands for
+    s: its value is s and its gradient s d logp_t (sg: no gradient). So the mean over a response's tokens
+    (`aggregate(..., "seq-mean-token-mean")`) has the value and, where A is the same on all tokens, the gradient of the
+    sequence's own loss. A ratio uses its own response alone, so micro-batching changes nothing.
+
+    `response_BT` are the tokens that the mean is over; None: those of `mask_BT`. Where a row holds several responses,
+    `segment_BT` numbers them from 1 (0: padding). Gradients flow to `logp_BT` alone.
+    The loss is exactly 0 where `mask_BT` is 0. Metrics as in `policy_loss`, per token: `ratio` is s, `approx_kl` is of
+    single tokens, and clip_fraction_dual is 0, since there is no dual clip.
+    """
+    response_BT = mask_BT if response_BT is None else response_BT
+    require_same_shape(
+        logp_BT=logp_BT,
+        old_logp_BT=old_logp_BT,
+        advantages_BT=advantages_BT,
+        mask_BT=mask_BT,
+        response_BT=response_BT,
+    )
+    mask_BT, response_BT = jnp.asarray(mask_BT), jnp.asarray(response_BT) > 0
+    advantages_BT = jax.lax.stop_gradient(masked(advantages_BT, mask_BT))
+    either_BT = response_BT | (mask_BT > 0)
+    logp_BT, old_logp_BT = masked(logp_BT, either_BT), jax.lax.stop_gradient(masked(old_logp_BT, either_BT))
+    log_ratio_BT = jax.lax.stop_gradient(logp_BT) - old_logp_BT
+    tokens_BT = response_sums(response_BT.astype(log_ratio_BT.dtype), segment_BT)
+    mean_BT = response_sums(jnp.where(response_BT, log_ratio_BT, 0.0), segment_BT) / jnp.maximum(tokens_BT, 1)
+    log_s_BT = logp_BT - jax.lax.stop_gradient(logp_BT) + mean_BT
+    s_BT = jnp.exp(jnp.clip(log_s_BT, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT))
+    free_BT = -advantages_BT * s_BT
+    low, high = 1 - clip_low, 1 + clip_high
+    clipped_BT = -advantages_BT * jnp.where(s_BT < low, low, jnp.where(s_BT > high, high, s_BT))
+    held_BT = clipped_BT > free_BT
+    loss_BT = jnp.where(held_BT, clipped_BT, free_BT)
+    none_BT = jnp.zeros(loss_BT.shape, bool)
+    log_ratio_BT = jnp.clip(log_ratio_BT, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+    return loss_BT, _metrics(mask_BT, held_BT & (s_BT < 1), held_BT & (s_BT > 1), none_BT, log_ratio_BT, s_BT)
+
+
+def cispo_loss(
+    logp_BT: Float[Array, "B T"],
+    old_logp_BT: Float[Array, "B T"],
+    advantages_BT: Float[Array, "B T"],
+    mask_BT: Mask,
+    *,
+    clip_low: ArrayLike = 1.0,
+    clip_high: ArrayLike = 4.0,
+) -> tuple[Float[jax.Array, "B T"], Metrics]:
+    """Per-token loss of CISPO (MiniMax-M1, 2506.13585): -sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp.
+
+    r = exp(clip(logp - old_logp, -20, 20)) and sg stops the gradient, so no token's gradient is lost to the clip: it is
+    the REINFORCE gradient A d logp with a bounded weight. clip_low = 1 sets no lower bound, as published; the published
+    upper bound is not printed. The value says little, its gradient is what counts. Exactly 0 where the mask is 0;
+    reduce it with `aggregate` ("token-mean" in the paper).
+
+    Metrics as in `policy_loss`: clip_fraction_low / _high are the tokens whose weight is on its lower / upper bound,
+    whatever the sign of A; clip_fraction_dual is 0.
+    """
+    require_same_shape(logp_BT=logp_BT, old_logp_BT=old_logp_BT, advantages_BT=advantages_BT, mask_BT=mask_BT)
+    mask_BT = jnp.asarray(mask_BT)
+    logp_BT = masked(logp_BT, mask_BT)
+    advantages_BT = jax.lax.stop_gradient(masked(advantages_BT, mask_BT))
+    log_ratio_BT = jax.lax.stop_gradient(logp_BT) - jax.lax.stop_gradient(masked(old_logp_BT, mask_BT))
+    log_ratio_BT = jnp.clip(log_ratio_BT, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+    ratio_BT = jnp.exp(log_ratio_BT)
+    low, high = 1 - clip_low, 1 + clip_high
+    weight_BT = jax.lax.stop_gradient(jnp.clip(ratio_BT, low, high))
+    none_BT = jnp.zeros(ratio_BT.shape, bool)
+    loss_BT = -weight_BT * advantages_BT * logp_BT
+    return loss_BT, _metrics(mask_BT, ratio_BT < low, ratio_BT > high, none_BT, log_ratio_BT, ratio_BT)
+
+
+def _metrics(mask_BT: Mask, low_BT, high_BT, dual_BT, log_ratio_BT, ratio_BT) -> Metrics:
     metrics = {
-        "clip_fraction_low": held_BT & (ratio_BT < 1),
-        "clip_fraction_high": held_BT & (ratio_BT > 1),
+        "clip_fraction_low": low_BT,
+        "clip_fraction_high": high_BT,
         "clip_fraction_dual": dual_BT,
         "approx_kl": -log_ratio_BT,
         "ratio": ratio_BT,
     }
-    return loss_BT, {name: jax.lax.stop_gradient(aggregate(x_BT, mask_BT)) for name, x_BT in metrics.items()}
+    return {name: jax.lax.stop_gradient(aggregate(x_BT, mask_BT)) for name, x_BT in metrics.items()}
 
 
 def aggregate(

@@ -22,7 +22,7 @@ def response_sums(
     def of_row(values_T: jax.Array, segment_T: jax.Array) -> jax.Array:
         return jnp.zeros(values_T.size + 1, values_T.dtype).at[segment_T].add(values_T)[segment_T]
 
-    return jax.vmap(of_row)(values_BT, jnp.asarray(segment_BT))
+    return jax.vmap(of_row)(jnp.asarray(values_BT), jnp.asarray(segment_BT))
 
 
 def response_begins(segment_BT: Int[Array, "B T"] | None, shape: tuple[int, int]) -> jax.Array:

@@ -1,0 +1,254 @@
+"""`--dry-run`: its arithmetic against hand numbers and the real collector, its checks, and that it takes no device."""
+
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from rich.console import Console
+from test_train_program import ROOT, arguments
+from test_train_wiring import Recorder, problems
+
+from rlvr_jax.data.prompts import PromptSet
+from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.qwen import init_params
+from rlvr_jax.program import RunError
+from rlvr_jax.rewards.pool import Graded
+from rlvr_jax.sharding import MESH_AXES
+from tests.tiny import tiny_checkpoint, tiny_config, write_tiny_problems
+from train import budget
+from train import config as c
+from train.dry_run import dry_run, report
+from train.examine import examine
+from train.prepare import configuration
+from train.rollout import Collector
+
+
+def run_config(*, steps=None, epochs=1, batch=8, n=4, **algorithm):
+    return c.Config(
+        steps=steps,
+        epochs=epochs,
+        rollout=c.RolloutConfig(generation_batch=batch, n=n, max_response=16),
+        algorithm=c.AlgorithmConfig(**{"train_batch": 4, "mini_batch": 2, "dynamic_sampling": False} | algorithm),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "expected"),
+    [
+        (run_config(), 40, (5, 10, 20)),  # 5 batches of 8 groups, 4 a step
+        (run_config(surplus="discard"), 40, (5, 5, 10)),
+        (run_config(epochs=3), 14, (6, 12, 24)),  # 42 prompts: the sixth batch passes the end
+        (run_config(batch=5), 9, (2, 3, 5)),  # 4 + 4 + 2 groups
+        (run_config(steps=2), 40, (1, 2, 4)),  # the second step is carried over
+        (run_config(steps=99), 40, (5, 10, 20)),
+        (run_config(train_batch=20, mini_batch=5), 16, (2, 1, 4)),  # 16 groups: 5 + 5 + 5 + 1
+    ],
+)
+def test_counters_without_dynamic_sampling_are_exact(config, rows, expected):
+    assert budget.counters(config, rows) == tuple(budget.Bounds(x, x) for x in expected)
+
+
+def test_counters_with_dynamic_sampling_are_bounds():
+    config = run_config(batch=10, dynamic_sampling=True, max_generation_batches=3)
+    assert budget.counters(config, 1000) == ((100, 100), (33, 250), (66, 500))
+    # All kept: 10 groups, of which 6 wait, 2 after the second step, 8 after the third (a new batch), 4, none.
+    few = dataclasses.replace(config, steps=5)
+    assert budget.counters(few, 1000) == ((2, 15), (5, 5), (10, 10))
+    assert [str(x) for x in budget.counters(few, 1000)] == ["2 to 15", "5", "10"]
+
+
+class SomeVary:
+    """Grades so that a share of the groups varies."""
+
+    def __init__(self, share, n, seed):
+        self.share, self.n, self.rng = share, n, np.random.default_rng(seed)
+
+    def grade(self, rule, responses, answers):
+        varies = self.rng.random(len(responses) // self.n) < self.share
+        return [Graded(bool(varies[i // self.n]) and i % 2 == 0, None, None) for i in range(len(responses))]
+
+
+@pytest.mark.parametrize("surplus", ["carry", "discard"])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.2])
+def test_counters_agree_with_the_collector(share, surplus):
+    rng, ended = np.random.default_rng(0), 0
+    for trial in range(25):
+        rows, batch = (int(x) for x in rng.integers(5, 60, 2))
+        options = {"surplus": surplus, "dynamic_sampling": share < 1, "max_generation_batches": int(rng.integers(2, 6))}
+        options["when_short"] = ("error", "pad")[trial % 2]
+        steps = None if trial % 3 else int(rng.integers(1, 6))
+        config = run_config(steps=steps, epochs=int(rng.integers(1, 4)), batch=batch, n=2, **options)
+        prompts = PromptSet(problems(rows), [[3, 4]] * rows)
+        collector = Collector(config, Recorder(), prompts, SomeVary(share, 2, trial))
+        made = updates = 0
+        try:
+            while steps is None or made < steps:
+                groups = collector.collect(None, made, lambda phase: None).groups
+                if not groups:
+                    break
+                made, updates = made + 1, updates + -(-len(groups) // 2)
+        except RunError:  # too few groups vary: such a run has no end to count to
+            continue
+        ended += 1
+        got = (collector.generation_batches, made, updates)
+        for bounds, count in zip(budget.counters(config, rows), got, strict=True):
+            assert bounds.least <= count <= bounds.most, (config, rows, got)
+            assert share < 1 or bounds.least == bounds.most
+    assert ended > 10
+
+
+def mesh(data=1, fsdp=1, tensor=1):
+    return AbstractMesh((data, fsdp, tensor), MESH_AXES)
+
+
+def test_memory_by_hand():
+    model = tiny_config()
+    weights = sum(x.nbytes for x in jax.tree.leaves(init_params(model, jax.random.key(0))))
+    config = run_config(micro_batches=2, kl_coef=0.1)
+    config = dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(config.rollout, prompts_at_once=4),
+        model=c.ModelConfig(logprob_chunk=40),
+    )
+    token = 2 * 2 * 2 * 8 * 4  # k and v, layers, kv heads, head size, float32
+    parts = {part.name: part for part in budget.memory(config, model, "float32", mesh(), 10)}
+    assert {name: (part.phase, part.size) for name, part in parts.items()} == {
+        "master weights, float32": ("both", weights),
+        "Adam's two moments, float32": ("both", 2 * weights),
+        "reference model, float32": ("both", weights),
+        "copy of the weights for decoding, float32": ("rollout", weights),
+        "KV cache, 16 rows x 26 tokens, float32": ("rollout", 16 * 26 * token),
+        "KV cache of prompts read together, 4 x 10": ("rollout", 4 * 10 * token),
+        "next-token distributions, float32": ("rollout", 16 * 6 * 48 * 4),
+        "gradients of a micro-batch and their sum, float32": ("update", 2 * weights),
+        "inputs of the layers, 4 rows x 26 tokens, float32": ("update", 2 * 4 * 26 * 32 * 4),
+        "logits of 40 tokens: 3 arrays, float32 (model.logprob_chunk)": ("update", 3 * 40 * 48 * 4),
+    }
+    totals = budget.totals(list(parts.values()))
+    assert totals["rollout"] == 5 * weights + 456 * token + 16 * 6 * 48 * 4
+    assert totals["update"] == 6 * weights + 2 * 4 * 26 * 32 * 4 + 3 * 40 * 48 * 4
+    split = budget.memory(config, model, "float32", mesh(2, 2, 2), 10)
+    cache = next(part for part in split if part.name.startswith("KV cache, 4 rows"))
+    assert cache.size == 16 * 26 * token / 8  # rows over data and fsdp, kv heads over tensor
+    assert any(part.name.startswith("inputs of the layers, 1 rows") for part in split)
+
+
+def test_the_published_8b_run_over_64_devices():
+    """Qwen3-8B has 8,190,735,360 parameters; all but its norms are split."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+    sizes |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 32768}
+    model = QwenConfig.from_hf({"model_type": "qwen3", "tie_word_embeddings": False} | sizes)
+    config = configuration(["--config", str(ROOT / "configs" / "qwen3_8b_base.py")])
+    parts = budget.memory(config, model, "bfloat16", mesh(1, 16, 4), 2048)
+    norms = 36 * (2 * 4096 + 2 * 128) + 4096
+    assert parts[0].size == 4 * ((8_190_735_360 - norms) // 64 + norms)
+    by_name = {part.name: part.size for part in parts}
+    # 32 prompts x 16 responses over 16 shards, 8 kv heads over 4
+    assert by_name["KV cache, 32 rows x 22,528 tokens, bfloat16"] == 32 * 22528 * 2 * 36 * 2 * 128 * 2
+    assert by_name["inputs of the layers, 1 rows x 22,528 tokens, bfloat16"] == 36 * 22528 * 4096 * 2
+    assert budget.tokens(config, 2048)["response tokens trained on a trainer step"] == 512 * 16 * 20480
+    assert budget.tokens(config, 2048)["tokens that pass through the model at once"] == 16 * 22528
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dry")
+    tiny_checkpoint(path / "model")
+    write_tiny_problems(path / "train.jsonl", 40)
+    write_tiny_problems(path / "val.jsonl", 8)
+    return path
+
+
+def test_the_program_takes_no_device_and_writes_nothing(place):
+    """The platform asked for does not exist here, so that whoever looks for a device fails; the mesh is of 64."""
+    flags = arguments(place, place / "run", mesh__fsdp=16, mesh__tensor=4, algorithm__mini_batch=4)
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "--dry-run", *flags],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "tpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for text in ("data 1 x fsdp 16 x tensor 4: 64 devices", "generation batches", "KV cache, ", "algorithm.clip_high"):
+        assert text in done.stdout
+    assert "Traceback" not in done.stderr
+    assert not (place / "run").exists()
+
+
+def shown(found):
+    console = Console(file=io.StringIO(), width=160)
+    report(found, console)
+    return console.file.getvalue()
+
+
+def states(found):
+    return {check.name: check.ok for check in found.checks}
+
+
+def test_everything_that_is_missing_is_listed(place, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    flags = arguments(
+        place,
+        place / "run",
+        model__path="Qwen/Qwen3-8B-Base-not-here",
+        data__val=place / "none.jsonl",
+        mesh__fsdp=3,
+        reward__rule="tests.tiny_rules:nothing",
+    )
+    with pytest.raises(ValueError, match=r"^4 of \d+ checks failed\n") as error:
+        dry_run([*flags, "--dry-run"])
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(":")[0] for line in lines] == ["mesh", "model.path", "data.val", "reward.rule"]
+    assert "8 rows do not divide over the 3 shards" in lines[0]
+    assert "Qwen/Qwen3-8B-Base-not-here" in lines[1]
+    assert "none.jsonl: no such file" in lines[2]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "steps │ 4" in out, "the recipe is printed whatever is missing"
+    assert "generation batches │ 2 to 40" in out, "so are the counters"
+    assert "memory: not counted" in out
+
+
+def test_config_json_and_data_without_weights(place):
+    folder = place / "bare"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (place / "model" / name).exists():
+            (folder / name).write_bytes((place / "model" / name).read_bytes())
+    found = examine(configuration(arguments(place, place / "run", model__path=folder, mesh__fsdp=8)))
+    assert [name for name, ok in states(found).items() if ok is False] == ["weights"]
+    assert "master weights, float32" in shown(found)
+    assert (found.problems, found.eval_problems) == (40, 8)
+    # without a tokenizer the rows are still counted, and prompts are as long as they may be
+    (folder / "tokenizer.json").unlink()
+    found = examine(configuration(arguments(place, place / "run", model__path=folder, mesh__fsdp=8)))
+    assert [name for name, ok in states(found).items() if ok is False] == ["weights", "tokenizer"]
+    assert [name for name, ok in states(found).items() if ok is None] == [
+        "data.train, prompts",
+        "data.val, prompts",
+        "context",
+    ]
+    assert (found.problems, found.prompt_length) == (40, 2048)
+    assert "KV cache, " in shown(found)
+
+
+def test_values_prompts_and_context_are_checked(place):
+    bad = {"optim__lr": 0, "rollout__n": 0, "algorithm__micro_batches": 0, "mesh__fsdp": 0}
+    found = examine(configuration(arguments(place, place / "run", **bad)))
+    failed = [check.says.split("=")[0] for check in found.checks if check.ok is False]
+    assert failed == ["rollout.n", "algorithm.micro_batches", "rollout.n", "optim.lr", "mesh.fsdp"]
+    assert "values are wrong" in shown(found)
+    long = {"rollout__max_response": 250, "reward__overlong_buffer": 0, "mesh__fsdp": 8}
+    found = examine(configuration(arguments(place, place / "run", **long)))
+    assert [name for name, ok in states(found).items() if ok is False] == ["context"]
+    assert "rollout.max_response=250" in found.checks[-2].says
+    found = examine(configuration(arguments(place, place / "run", data__max_prompt=4, data__too_long="error")))
+    assert states(found)["data.train, prompts"] is False
+    assert "counted as 1" in shown(found)
