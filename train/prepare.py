@@ -25,6 +25,7 @@ from rlvr_jax.rewards.pool import RULES, GraderPool
 from rlvr_jax.sharding import make_mesh
 from train.config import MAY_CHANGE, Config, MeshConfig
 from train.evaluate import distinct
+from train.trackers import tracker_module
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ def prepare(argv: Sequence[str]) -> Job:
 def check(config: Config) -> Job:
     """As `prepare`, from a configuration."""
     check_values(config)
+    for name in config.log.trackers:
+        tracker_module(name)
     for path in filter(None, (config.data.train, config.data.val if config.eval.every else None)):
         if not Path(path).is_file():  # before a model is downloaded
             raise ValueError(f"{path}: no such file")

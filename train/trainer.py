@@ -14,15 +14,27 @@ from rlvr_jax.training import TrainState, adamw, make_train_step, warmup_constan
 from train.config import Config
 from train.dapo import Rows, advantages, gap_metrics, make_loss, make_scorer, model_apply, scalars
 from train.rollout import Group
+from train.step_metrics import at_ratio_one, token_metrics
 
 
 class Outcome(NamedTuple):
-    """What a trainer step leaves behind: its numbers, and the values of each response for the rollout dump."""
+    """What a trainer step leaves behind.
+
+    Attributes:
+      metrics: its numbers.
+      score_N, advantage_N, mean_logp_N: of each response, for the rollout dump.
+      skipped: bool, of each mini-batch in order: its update was not finite and not made.
+      arrays: what the updates were made of, N rows each: tokens_NT, mask_NT, response_NR, old_logp_NR, rollout_logp_NR,
+        weight_NR and weighed_NR (the advantage times it, at ratio 1), loss_mask_NR, and mini_batch_N, the number of
+        each row's mini-batch (-1: in none).
+    """
 
     metrics: dict[str, float]
     score_N: np.ndarray
     advantage_N: np.ndarray
     mean_logp_N: np.ndarray
+    skipped: np.ndarray
+    arrays: dict[str, np.ndarray]
 
 
 class Trainer:
@@ -98,12 +110,20 @@ class Trainer:
         names = ("tokens_BT", "mask_BT", "old_logp_BR", "advantages_BR", "loss_mask_BR", "reweight_mask_BR")
         arrays = (rows.tokens_NT, rows.mask_NT, old_logp_NR, each_NR, loss_mask_NR, reweight_mask_NR)
         shared = scalars(config.algorithm, config.rollout.temperature)
-        made = []
-        for begin in range(0, len(groups) * config.rollout.n, self._mini_rows):  # later ones would be padding alone
+        made, mini_batch_N = [], np.full(len(rows.group_N), -1, np.int32)
+        begins = range(0, len(groups) * config.rollout.n, self._mini_rows)  # later ones would be padding alone
+        for number, begin in enumerate(begins):
             part = self._put(*(x[begin : begin + self._mini_rows] for x in arrays))
             self.state, metrics = self._step(self.state, dict(zip(names, part, strict=True)) | shared)
             made.append(metrics)
-        metrics = _over_mini_batches(jax.device_get(made))
+            mini_batch_N[begin : begin + self._mini_rows] = number
+            if number:  # one update waits while one is made: so the phase is true
+                jax.block_until_ready(made[number - 1])
+                on_phase(f"update {number}/{len(begins)} mini-batches")
+        made = jax.device_get(made)
+        on_phase("measure")
+        metrics = _over_mini_batches(made)
+        computed_N = mini_batch_N >= 0
 
         real_NR = rows.response_NR > 0
         real_N = rows.group_N >= 0
@@ -111,24 +131,44 @@ class Trainer:
             real_NR & np.isin(rows.group_N, [g for g, x in enumerate(groups) if x.sampled_at == trainer_step])[:, None]
         )
         tokens_N = rows.response_NR.sum(axis=1)
-        plain_NR = np.broadcast_to(advantage_N[:, None], each_NR.shape)
-        weighed_NR = real_NR & (plain_NR != 0)
+        weighed_NR = at_ratio_one(config.algorithm, each_NR, old_logp_NR, rows.response_NR, reweight_mask_NR)
+        of_tokens, weight_NR = token_metrics(
+            config.algorithm, advantage_N, weighed_NR, old_logp_NR, rows.response_NR, loss_mask_NR
+        )
+        metrics |= of_tokens
         metrics |= {
             "lr": lr,
             "score": float(rows.score_N[real_N].mean()),
             "overlong_penalty": float(penalty_N[real_N].mean()),
             "entropy": float(entropy_NR[real_NR].mean()),
             "old_logp": float(old_logp_NR[real_NR].mean()),
-            "advantage_weight": float((each_NR[weighed_NR] / plain_NR[weighed_NR]).mean()) if weighed_NR.any() else 1.0,
             "loss_token_share": float((loss_mask_NR > 0).sum() / real_NR.sum()),
             "trained_accuracy": float(np.mean([group.correct.mean() for group in groups])),
             "padding_row_share": float(1 - real_N.mean()),
+            "padding_share": float(1 - rows.mask_NT[computed_N].mean()),
         }
         for name, mask_NR in {"rollout_gap": real_NR, "rollout_gap_fresh": fresh_NR}.items():
             metrics |= {f"{name}_{key}": x for key, x in gap_metrics(rollout_logp_NR, old_logp_NR, mask_NR).items()}
         if ref_logp_NR is not None:
             metrics["delta_logp"] = float((old_logp_NR - ref_logp_NR)[real_NR].mean())
-        return Outcome(metrics, rows.score_N, advantage_N, old_logp_NR.sum(axis=1) / np.maximum(tokens_N, 1))
+        return Outcome(
+            metrics,
+            rows.score_N,
+            advantage_N,
+            old_logp_NR.sum(axis=1) / np.maximum(tokens_N, 1),
+            np.array([bool(one["skipped"]) for one in made]),
+            {
+                "tokens_NT": rows.tokens_NT,
+                "mask_NT": rows.mask_NT,
+                "response_NR": rows.response_NR,
+                "old_logp_NR": old_logp_NR,
+                "rollout_logp_NR": rollout_logp_NR,
+                "weight_NR": weight_NR,
+                "weighed_NR": weighed_NR,
+                "loss_mask_NR": loss_mask_NR,
+                "mini_batch_N": mini_batch_N,
+            },
+        )
 
     def _rows(self, groups: Sequence[Group]) -> tuple[Rows, np.ndarray, np.ndarray]:
         """The step's arrays, padded to train_batch groups; the sampler's log-probs [N, R]; the punishments [N]."""
