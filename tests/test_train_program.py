@@ -343,6 +343,7 @@ def test_three_updates_in_a_row_that_are_not_finite_end_the_run_with_their_batch
     rollouts = rows_of(folder / "rollouts" / "step_000002.jsonl")[:8]  # the first mini-batch of the step
     assert [row["problem"] for row in said] == [row["problem"] for row in rollouts]
     assert [row["response"] for row in said] == [row["response"] for row in rollouts]
+    assert [row["not_finite"] for row in said] == [[]] * 8  # the update is what was not
     assert bad["response_NR"].sum(axis=1).tolist() == [row["length"] for row in rollouts]
     np.testing.assert_allclose(
         bad["old_logp_NR"].sum(1), [row["mean_logp"] * row["length"] for row in rollouts], rtol=1e-5

@@ -192,7 +192,8 @@ class _Run:
             for g, group in enumerate(groups)
             for i in range(self.config.rollout.n)
         ]
-        path = save_bad_batch(self.folder, self.trainer_steps, outcome.arrays, mini_batch, rows)
+        arrays = {name: x for name, x in outcome.arrays.items() if name != "weight_NR"}  # NaN there is no fault
+        path = save_bad_batch(self.folder, self.trainer_steps, arrays, mini_batch, rows)
         raise RunError(
             f"trainer step {self.trainer_steps}: the loss or its gradient was not finite in {STOP_AFTER} mini-batches "
             f"in a row, the last one number {mini_batch + 1} of the step; their rows are in {path} (who they are in "
