@@ -1,7 +1,7 @@
 """`python -m train`, end to end on a tiny model: resume, shapes, files."""
 
-import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from rich.console import Console
 
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.text import load_tokenizer
@@ -20,12 +19,11 @@ from rlvr_jax.program import run_program
 from tests.tiny import compiled_once, tiny_checkpoint, write_tiny_problems
 from tests.tiny_rules import marks
 from train.loop import run
-from train.metrics import Display, MetricLog
+from train.metrics import MetricLog
 from train.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
 COMPILE = "/jax/core/compile/backend_compile_duration"
-TIMES = {"seconds", "seconds_rollout", "seconds_grade", "seconds_train", "rollout_tokens_per_s"}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +77,11 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def without_times(records):
+    """Records without what no two runs share: seconds, speed, memory."""
+    return [{k: v for k, v in r.items() if not re.match("seconds|rollout_tokens_per_s|.*_memory_", k)} for r in records]
+
+
 def final_state(run_dir, step):
     with Checkpoints(run_dir / "checkpoints") as checkpoints:
         assert checkpoints.latest == step
@@ -127,9 +130,7 @@ def test_two_steps_and_two_after_a_resume_are_four_steps(place, whole):
         ("train", 4),
         ("eval", 4),
     ]
-    assert [{k: v for k, v in r.items() if k not in TIMES} for r in records] == [
-        {k: v for k, v in r.items() if k not in TIMES} for r in whole[0]
-    ]
+    assert without_times(records) == without_times(whole[0])
     ours, ours_host = final_state(place / "resumed", 4)
     theirs, theirs_host = final_state(place / "whole", 4)
     assert ours == theirs
@@ -170,6 +171,35 @@ def test_records_hold_the_counters_and_the_numbers_of_a_step(whole):
     assert all(r["rollout_gap_fresh_max_abs"] is None or r["rollout_gap_fresh_max_abs"] < 1e-4 for r in steps)
     for record in whole[0]:
         assert record["kind"] != "eval" or {"avg@4", "pass@1", "pass@4"} <= record.keys()
+    for r in steps:
+        parts = sum(r[f"seconds_{name}"] for name in ("rollout", "grade", "score", "update", "other"))
+        assert r["seconds"] == pytest.approx(parts)
+        assert min(r["seconds_score"], r["seconds_update"], r["seconds_log"]) > 0
+        assert r["seconds_other"] >= 0
+        assert (r["skipped_in_a_row"], r["skipped_total"]) == (0, 0)
+        assert sum(x for name, x in r.items() if name.startswith("gradient_share_")) == pytest.approx(1)
+        assert 1 <= r["advantage_weight_min"] <= r["advantage_weight"] <= r["advantage_weight_max"] <= 1.2
+        assert r["epoch"] == r["generation_batches"] * 8 / 40
+    assert min(steps[0]["seconds_eval"], steps[1]["seconds_save"], steps[2]["seconds_eval"]) > 0  # before these steps
+
+
+def documented():
+    """(record, pattern of the name, whether it is always there) of each row of the table in docs/metrics.md."""
+    table = re.findall(r"^\| (\w+) \| `(.+?)` \|.*\| (.*?) \|$", (ROOT / "docs" / "metrics.md").read_text(), re.M)
+    assert len(table) > 60
+    for record, name, there in table:
+        pattern = re.sub(r"@\w(?=_|$)", r"@\\d+", name).replace("pA-B", r"p[\d.]+-[\d.]+")
+        for kind in ("train", "eval") if record == "both" else (record,):
+            yield kind, pattern, there == "always"
+
+
+def test_every_number_is_documented_and_every_documented_number_is_there(whole):
+    for record in whole[0]:
+        rows = [(pattern, always) for kind, pattern, always in documented() if kind == record["kind"]]
+        unknown = [key for key in record if not any(re.fullmatch(pattern, key) for pattern, _ in rows)]
+        assert not unknown, f"not in docs/metrics.md: {unknown}"
+        missing = [p for p, always in rows if always and not any(re.fullmatch(p, key) for key in record)]
+        assert not missing, f"docs/metrics.md says always: {missing}"
 
 
 def test_rollouts_are_readable_and_consistent(place, whole):
@@ -182,6 +212,12 @@ def test_rollouts_are_readable_and_consistent(place, whole):
         assert row["score"] == pytest.approx((1 if row["correct"] else -1) - max(0, row["length"] - 8) / 8)
         assert row["finished"] or row["length"] == 16
         assert row["mean_logp"] < 0
+        texts, advantages, weights, logps = zip(*row["tokens"], strict=True)
+        assert re.sub(r"<\|\w+\|>", "", "".join(texts)) == row["response"]
+        assert len(texts) == row["length"]
+        assert np.mean(logps) == pytest.approx(row["mean_logp"], abs=1e-4)
+        np.testing.assert_allclose(weights, 1 + 0.2 * (1 - np.exp(logps)), atol=1e-4)  # low_prob, alpha 0.2
+        np.testing.assert_allclose(advantages, row["advantage"] * np.array(weights), atol=3e-4)
     for g in range(4):
         scores = np.array([row["score"] for row in rows[4 * g : 4 * g + 4]])
         advantage = [row["advantage"] for row in rows[4 * g : 4 * g + 4]]
@@ -301,30 +337,32 @@ def test_no_group_that_varies_is_one_sentence_and_exit_code_1(place, monkeypatch
     assert "error: trainer step 0: 2 generation batches (algorithm.max_generation_batches) gave 0 groups" in err
 
 
-def test_a_loss_that_is_not_finite_twice_is_exit_code_1(place, monkeypatch, capsys):
-    code, err = program(
-        place,
-        place / "blown",
-        monkeypatch,
-        capsys,
-        optim__lr=1e30,
-        optim__warmup=0,
-        eval__every=0,
-        algorithm__dynamic_sampling=False,
-    )
+def test_three_updates_in_a_row_that_are_not_finite_end_the_run_with_their_batch(place, monkeypatch, capsys):
+    """Two in the first trainer step; the third after a resume, since the checkpoint has the count."""
+    changes = {
+        **{"optim__lr": 1e30, "optim__warmup": 0, "eval__every": 0, "algorithm__dynamic_sampling": False},
+        "rollout__generation_batch": 4,
+    }
+    folder = place / "blown"
+    code, err = program(place, folder, monkeypatch, capsys, steps=1, **changes)
+    assert code == 0, err
+    code, err = program(place, folder, monkeypatch, capsys, **changes)
     assert code == 1, err
-    assert "not finite in any mini-batch of two trainer steps in a row" in err
-
-
-def test_display_says_step_numbers_and_time_left():
-    for terminal in (False, True):
-        console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
-        with Display(console, total=4, done=1, shown={"acc": ("accuracy", ".2f"), "gap": ("gap", ".1e")}) as display:
-            display.phase("rollout")
-            display.step({"trainer_steps": 2, "accuracy": 0.5})
-        text = console.file.getvalue()
-        assert "step 2/4  acc 0.50  left 0:00:0" in text
-        assert ("rollout" in text) == terminal
+    assert "trainer step 2: the loss or its gradient was not finite in 3 mini-batches in a row" in err
+    assert f"{folder}/bad_batch_step_000002.npz" in err
+    assert "newest checkpoint is of step 1" in err
+    records = rows_of(folder / "metrics.jsonl")
+    assert [(r["skipped"], r["skipped_in_a_row"], r["skipped_total"]) for r in records] == [(2, 2, 2), (2, 4, 4)]
+    bad = np.load(folder / "bad_batch_step_000002.npz")
+    said = json.loads((folder / "bad_batch_step_000002.json").read_text())["rows"]
+    rollouts = rows_of(folder / "rollouts" / "step_000002.jsonl")[:8]  # the first mini-batch of the step
+    assert [row["problem"] for row in said] == [row["problem"] for row in rollouts]
+    assert [row["response"] for row in said] == [row["response"] for row in rollouts]
+    assert [row["not_finite"] for row in said] == [[]] * 8  # the update is what was not
+    assert bad["response_NR"].sum(axis=1).tolist() == [row["length"] for row in rollouts]
+    np.testing.assert_allclose(
+        bad["old_logp_NR"].sum(1), [row["mean_logp"] * row["length"] for row in rollouts], rtol=1e-5
+    )
 
 
 def test_recipe_file_and_flags(place):

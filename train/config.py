@@ -188,8 +188,16 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     tensorboard: bool = True
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Experiment trackers that get every record too; their packages must be installed."""
+    project: str = "rlvr_jax"
+    """Project of the trackers."""
+    name: str | None = None
+    """Name of the run there; None: that of the run's folder."""
     rollouts: int | None = None
     """Groups a trainer step whose responses go to run_dir/rollouts, one JSONL file a step; None: all; 0: none."""
+    tokens: bool = True
+    """Each of those responses token by token: text, advantage after re-weighting, weight, log-prob."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.evaluation import avg_at_k, avg_per_problem, bootstrap_interval, pass_at_k
 from rlvr_jax.rewards.pool import GraderPool
 from train.config import Config
-from train.rollout import Decoder, eval_seed
+from train.rollout import Decoder, eval_seed, rows_done
 
 
 def distinct(problems: list[Problem]) -> list[Problem]:
@@ -41,7 +41,7 @@ def evaluate(
         [problem.index for problem in prompts.problems],
         prompt_length=max(len(tokens) for tokens in prompts.tokens),
         at_once=settings.prompts_at_once,
-        on_tokens=lambda tokens: on_phase(f"eval {tokens / (time.monotonic() - start):,.0f} tokens/s"),
+        on_tokens=rows_done(on_phase, "eval", len(prompts) * settings.n),
         n=settings.n,
         temperature=settings.temperature,
         top_p=settings.top_p,

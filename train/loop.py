@@ -1,8 +1,8 @@
 """The training loop: collect, train, log, evaluate, checkpoint, export."""
 
 import contextlib
+import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,16 @@ from rlvr_jax.generation import language_model
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import RunError, config_dict, console
 from rlvr_jax.rewards.pool import GraderPool
+from train.bad_batch import STOP_AFTER, Skips, save_bad_batch
+from train.display import Display
 from train.evaluate import evaluate
 from train.export import export
-from train.metrics import Display, MetricLog, write_jsonl
+from train.metrics import MetricLog, write_jsonl
 from train.prepare import Job
 from train.rollout import Collector, Decoder, Group
+from train.step_metrics import PhaseClock, memory_metrics, phase_metrics
+from train.tokens import TokenTexts, token_rows
+from train.trackers import open_trackers
 from train.trainer import Outcome, Trainer
 
 SHOWN = {
@@ -56,7 +61,9 @@ class _Run:
             mesh=job.mesh,
         )
         write_json(self.folder / "config.json", config_dict(config))
-        reward = config.reward
+        names, resume, reward = config.log.trackers, job.resume_from is not None, config.reward
+        where = {"project": config.log.project, "run_name": config.log.name}
+        trackers = open_trackers(stack, names, self.folder, config_dict(config), resume=resume, **where)
         self.pool = stack.enter_context(GraderPool(reward.workers, reward.timeout_s, reward.memory_mb))
         self.collector = Collector(config, self.decoder, job.train, self.pool)
         self.trainer = Trainer(
@@ -68,13 +75,18 @@ class _Run:
             self._load(job.model_config.dtype) if config.algorithm.needs_reference else None,
         )
         self.checkpoints = stack.enter_context(Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep))
-        self.trainer_steps = 0
+        self.trainer_steps, self.skips = 0, Skips()
         if job.resume_from is not None:
             self._restore(job.resume_from)
-        self.metrics = MetricLog(self.folder, after_step=job.resume_from, tensorboard=config.log.tensorboard)
+        self.metrics = MetricLog(
+            self.folder, after_step=job.resume_from, tensorboard=config.log.tensorboard, trackers=trackers
+        )
         stack.callback(self.metrics.close)
-        self.display = stack.enter_context(Display(console, total=config.steps, done=self.trainer_steps, shown=SHOWN))
-        self.bad_steps, self.exported_step = 0, None
+        self.display = stack.enter_context(
+            Display(console, total=config.steps, done=self.trainer_steps, shown=SHOWN, share=self._share())
+        )
+        self.clock, self.token_texts = PhaseClock(), TokenTexts(job.tokenizer)
+        self.exported_step = None
 
     def run(self) -> None:
         """Trainer steps until the steps or the data are used up; then the export."""
@@ -86,18 +98,7 @@ class _Run:
         elif self.config.eval.every:
             self._evaluate()
         steps = math.inf if self.config.steps is None else self.config.steps
-        while self.trainer_steps < steps:
-            start = time.monotonic()
-            collected = self.collector.collect(self._rollout_params(), self.trainer_steps, self.display.phase)
-            if not collected.groups:
-                break
-            collected_at = time.monotonic()
-            outcome = self.trainer.train(collected.groups, self.trainer_steps, self.display.phase)
-            seconds = {"seconds_train": time.monotonic() - collected_at, "seconds": time.monotonic() - start}
-            self.trainer_steps += 1
-            self._log("train", collected.metrics | outcome.metrics | seconds)
-            self._dump(collected.groups, outcome)
-            self._stop_if_not_finite(outcome.metrics)
+        while self.trainer_steps < steps and self._step():
             self._after_step(last=self.trainer_steps >= steps or self.collector.done)
         self._after_step(last=True)
         self._export(self.folder / "hf")
@@ -105,6 +106,37 @@ class _Run:
             f"done: {self.trainer_steps} trainer steps, {self.trainer.optimizer_steps} optimizer steps, "
             f"{self.collector.generation_batches} generation batches; model in {self.folder / 'hf'}"
         )
+
+    def _step(self) -> bool:
+        """One trainer step and its records; False where the data are used up."""
+        self._phase("prepare")
+        outside = self.clock.take()
+        collected = self.collector.collect(self._rollout_params(), self.trainer_steps, self._phase)
+        if not collected.groups:
+            return False
+        self._phase("prepare")
+        collecting = self.clock.take()
+        outcome = self.trainer.train(collected.groups, self.trainer_steps, self._phase)
+        self._phase("log")
+        training = self.clock.take()
+        self.trainer_steps += 1
+        self.skips, stop = self.skips.after(outcome.skipped)
+        seconds = {"seconds_train": sum(training.values())} | phase_metrics(outside, collecting, training)
+        skipped = {"skipped_in_a_row": self.skips.in_a_row, "skipped_total": self.skips.total}
+        self._log("train", collected.metrics | outcome.metrics | skipped | seconds | memory_metrics())
+        self._dump(collected.groups, outcome)
+        if stop is not None:
+            self._stop_not_finite(collected.groups, outcome, stop)
+        return True
+
+    def _phase(self, name: str) -> None:
+        self.clock.phase(name)
+        self.display.phase(name)
+
+    def _share(self) -> float:
+        """Share of the run that is done: of its steps or of its epochs, whichever ends it first."""
+        steps = 0.0 if self.config.steps is None else self.trainer_steps / self.config.steps
+        return min(1.0, max(steps, self.collector.epoch / self.config.epochs))
 
     def _after_step(self, *, last: bool) -> None:
         """Evaluation, checkpoint and export, where they are due and not made yet."""
@@ -127,8 +159,9 @@ class _Run:
         if self.job.val is None:
             return
         metrics, rows = evaluate(
-            self.config, self.decoder, self._rollout_params(), self.job.val, self.pool, self.display.phase
+            self.config, self.decoder, self._rollout_params(), self.job.val, self.pool, self._phase
         )
+        self._phase("log")
         write_jsonl(self.folder / "eval" / f"step_{self.trainer_steps:06d}.jsonl", rows)
         self._log("eval", metrics)
 
@@ -137,11 +170,12 @@ class _Run:
             "trainer_steps": self.trainer_steps,
             "generation_batches": self.collector.generation_batches,
             "optimizer_steps": self.trainer.optimizer_steps,
+            "epoch": self.collector.epoch,
         }
         record = {"kind": kind} | counters | metrics
         self.metrics.write(record)
         if kind == "train":
-            self.display.step(record)
+            self.display.step(record, self._share())
         else:
             avg = f"avg@{self.config.eval.n}"
             numbers = [f"{name} {x:.3f}" for name, x in metrics.items() if name.startswith("pass@")]
@@ -149,19 +183,31 @@ class _Run:
             line = "  ".join([f"{avg} {metrics[avg]:.3f} {interval}", *numbers])
             self.display.line(f"eval after step {self.trainer_steps}  {line}")
 
-    def _stop_if_not_finite(self, metrics: dict[str, float]) -> None:
-        """One trainer step without a single finite update is skipped; a second one in a row ends the run."""
-        self.bad_steps = self.bad_steps + 1 if metrics["skipped"] == metrics["mini_batches"] else 0
-        if self.bad_steps > 1:
-            raise RunError(
-                f"trainer step {self.trainer_steps}: the loss or its gradient was not finite in any mini-batch of two "
-                f"trainer steps in a row; the newest checkpoint is of step {self.checkpoints.latest}"
-            )
+    def _stop_not_finite(self, groups: list[Group], outcome: Outcome, mini_batch: int) -> None:
+        rows = [
+            {
+                "problem": self.job.train.problems[group.prompt].id,
+                "prompt_tokens": self.job.train.tokens[group.prompt],
+                "group": g,
+                "sample": i,
+                "generation_batch": group.generation_batch,
+                "response": self.decoder.text(group.tokens[i, : group.lengths[i]]),
+            }
+            for g, group in enumerate(groups)
+            for i in range(self.config.rollout.n)
+        ]
+        arrays = {name: x for name, x in outcome.arrays.items() if name != "weight_NR"}  # NaN there is no fault
+        path = save_bad_batch(self.folder, self.trainer_steps, arrays, mini_batch, rows)
+        raise RunError(
+            f"trainer step {self.trainer_steps}: the loss or its gradient was not finite in {STOP_AFTER} mini-batches "
+            f"in a row, the last one number {mini_batch + 1} of the step; their rows are in {path} (who they are in "
+            f"{path.with_suffix('.json').name}); the newest checkpoint is of step {self.checkpoints.latest}"
+        )
 
     def _dump(self, groups: list[Group], outcome: Outcome) -> None:
-        limit, n = self.config.log.rollouts, self.config.rollout.n
+        log, n = self.config.log, self.config.rollout.n
         rows = []
-        for g, group in enumerate(groups[:limit]):
+        for g, group in enumerate(groups[: log.rollouts]):
             problem = self.job.train.problems[group.prompt]
             prompt = self.job.tokenizer.decode(self.job.train.tokens[group.prompt], skip_special_tokens=False)
             for i in range(n):
@@ -182,24 +228,32 @@ class _Run:
                         "group": g,
                         "sampled_at": group.sampled_at,
                     }
+                    | (token_rows(self.token_texts, outcome.arrays, g * n + i) if log.tokens else {})
                 )
         if rows:
             write_jsonl(self.folder / "rollouts" / f"step_{self.trainer_steps:06d}.jsonl", rows)
 
     def _save(self) -> None:
-        self.display.phase("save")
+        self._phase("save")
         collector, arrays = self.collector.get_state()
-        host = {"config": self.job.record, "trainer_steps": self.trainer_steps, "collector": collector}
+        skips = dataclasses.asdict(self.skips)
+        host = {
+            "config": self.job.record,
+            "trainer_steps": self.trainer_steps,
+            "collector": collector,
+            "skips": skips,
+        }
         self.checkpoints.save(self.trainer_steps, self.trainer.state, host=host, arrays=arrays)
 
     def _restore(self, step: int) -> None:
         restored = self.checkpoints.restore(self.trainer.state, step)
         self.trainer.state = restored.state
         self.trainer_steps = restored.host["trainer_steps"]
+        self.skips = Skips(**restored.host.get("skips", {}))  # older checkpoints have none
         self.collector.set_state(restored.host["collector"], restored.arrays)
 
     def _export(self, folder: Path) -> None:
-        self.display.phase("export")
+        self._phase("export")
         job, dtype = self.job, self.config.checkpoint.export_dtype
         params = self.trainer.state.params
         source = job.model_folder

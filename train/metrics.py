@@ -1,22 +1,20 @@
-"""Where a run's numbers go: one JSON object a line, TensorBoard, and a display for whoever watches."""
+"""Where a run's numbers go: one JSON object a line, TensorBoard, and trackers."""
 
 import contextlib
-import datetime
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from rlvr_jax.files import atomic_path
+from train.trackers import Tracker
 
 
 class MetricLog:
@@ -29,9 +27,18 @@ class MetricLog:
       after_step: None for a new run (older files are replaced); on resume, the checkpointed trainer step: lines of
         later steps are dropped, since those steps will be made again, and TensorBoard is told to forget them.
       tensorboard: write events as well.
+      trackers: open ones that get every record too; whoever opened them closes them.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], *, after_step: int | None = None, tensorboard: bool = True):
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        after_step: int | None = None,
+        tensorboard: bool = True,
+        trackers: Sequence[Tracker] = (),
+    ):
+        self._trackers = trackers
         self.path = Path(run_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._last: dict[str, int] = {}
@@ -48,14 +55,17 @@ class MetricLog:
         self._last[record["kind"]] = record["trainer_steps"]
         self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
-        if self._events is None:
-            return
-        values = [
-            Summary.Value(tag=f"{record['kind']}/{name}", simple_value=value)
+        numbers = {
+            f"{record['kind']}/{name}": value
             for name, value in clean.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
-        ]
+        }
         step = int(record["trainer_steps"])
+        for tracker in self._trackers:
+            tracker.write(numbers, step)
+        if self._events is None:
+            return
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._events.flush()
 
@@ -97,61 +107,3 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-class Display:
-    """Progress of a run: one plain line a step and, on a terminal, a live bar with the phase below them.
-
-    Args:
-      console: where to show it.
-      total: number of steps in all, or None when unknown.
-      done: steps made before this process began.
-      shown: label -> (metric, format), the numbers worth a glance.
-    """
-
-    def __init__(self, console: Console, *, total: int | None, done: int, shown: Mapping[str, tuple[str, str]]):
-        self._console, self._shown, self._total = console, shown, total
-        self._start, self._done = time.monotonic(), done
-        self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("[bold]{task.description}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=total, completed=done)
-
-    def __enter__(self) -> "Display":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def phase(self, name: str) -> None:
-        """What the run is doing now: "rollout", "grade", "score", "update", "eval", "save"."""
-        self._bar.update(self._task, description=name)
-
-    def line(self, text: str) -> None:
-        """A line that stays."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """A step is done."""
-        numbers = "  ".join(
-            f"{label} {value:{form}}"
-            for label, (name, form) in self._shown.items()
-            if isinstance(value := record.get(name), int | float)
-        )
-        step = record["trainer_steps"]
-        self._bar.update(self._task, completed=step)
-        pace = (time.monotonic() - self._start) / max(1, step - self._done)
-        if self._total is None:
-            self.line(f"step {step}  {numbers}")
-        else:
-            left = datetime.timedelta(seconds=round(pace * (self._total - step)))
-            self.line(f"step {step}/{self._total}  {numbers}  left {left}")

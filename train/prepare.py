@@ -27,6 +27,7 @@ from rlvr_jax.rewards.pool import RULES, GraderPool
 from rlvr_jax.sharding import make_mesh
 from train.config import MAY_CHANGE, Config, MeshConfig
 from train.evaluate import distinct
+from train.trackers import tracker_module
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def configuration(argv: Sequence[str]) -> Config:
 def check(config: Config) -> Job:
     """As `prepare`, from a configuration."""
     check_values(config)
+    for name in config.log.trackers:
+        tracker_module(name)
     for source in filter(None, (config.data.train, config.data.val if config.eval.every else None)):
         check_source(source, rule=config.reward.rule)  # before a model is downloaded
     folder = model_folder(config.model.path)

@@ -91,12 +91,15 @@ class Decoder:
         *,
         prompt_length: int,
         at_once: int | None,
-        on_tokens: Callable[[int], None] = lambda tokens: None,
+        on_tokens: Callable[[int, int], None] = lambda tokens, rows: None,
         **sampling: Any,
     ) -> list[Generation]:
-        """One `Generation` a prompt, decoded in equally shaped parts of `at_once` prompts (the last one filled up)."""
+        """One `Generation` a prompt, decoded in equally shaped parts of `at_once` prompts (the last one filled up).
+
+        `on_tokens` is told now and then how many tokens were drawn and how many responses are done.
+        """
         size = min(at_once or len(prompts), len(prompts))
-        done, tokens = [], 0
+        done, tokens, before = [], 0, 0
         for begin in range(0, len(prompts), size):
             part = list(range(begin, min(begin + size, len(prompts))))
             part += part[-1:] * (size - len(part))
@@ -110,18 +113,31 @@ class Decoder:
                 prompt_length=prompt_length,
                 chunk=self.chunk,
                 mesh=self.mesh,
-                on_chunk=lambda rows, drawn, before=tokens: on_tokens(before + drawn),
+                on_chunk=lambda rows, drawn, rows_before=before, before=tokens: on_tokens(
+                    before + drawn, rows_before + rows
+                ),
                 **sampling,
             )
             n = len(result.lengths) // size
             wanted = min(size, len(prompts) - begin)
             done += [Generation(*(x[i * n : (i + 1) * n] for x in result)) for i in range(wanted)]
-            tokens += int(result.lengths.sum())
+            tokens, before = tokens + int(result.lengths.sum()), before + len(result.lengths)
         return done
 
     def text(self, tokens: np.ndarray) -> str:
         """The response as text, without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def rows_done(on_phase: Callable[[str], None], phase: str, rows: int) -> Callable[[int, int], None]:
+    """For `on_tokens`: says of a phase how many of its rows are done, and how fast."""
+    start = time.monotonic()
+
+    def tell(tokens: int, done: int) -> None:
+        speed = tokens / max(time.monotonic() - start, 1e-9)
+        on_phase(f"{phase} {min(done, rows)}/{rows} responses, {speed:,.0f} tokens/s")
+
+    return tell
 
 
 def rollout_seed(seed: int, generation_batch: int) -> int:
@@ -152,6 +168,11 @@ class Collector:
     def generation_batches(self) -> int:
         """Generation batches since the run began."""
         return self._batches.drawn
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training problems since the run began."""
+        return self._batches.epoch
 
     @property
     def exhausted(self) -> bool:
@@ -214,7 +235,7 @@ class Collector:
             range(len(chosen)),  # a prompt may come twice in a batch, at the edge of an epoch
             prompt_length=self.prompt_length,
             at_once=rollout.prompts_at_once,
-            on_tokens=lambda tokens: on_phase(f"rollout {tokens / (time.monotonic() - start):,.0f} tokens/s"),
+            on_tokens=rows_done(on_phase, "rollout", len(chosen) * rollout.n),
             n=rollout.n,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
@@ -222,7 +243,7 @@ class Collector:
             seed=rollout_seed(self._config.seed, number),
         )
         generated = time.monotonic()
-        on_phase("grade")
+        on_phase(f"grade {len(chosen) * rollout.n} responses")
         responses = [
             self._decoder.text(tokens[:length])
             for generation in generations

@@ -41,8 +41,9 @@ from rlvr_jax.training import (
 )
 from train.config import CheckpointConfig, MeshConfig
 from train.dapo import Apply, model_apply, sequence_logprobs
+from train.display import Display
 from train.export import export
-from train.metrics import Display, MetricLog
+from train.metrics import MetricLog
 from train.prepare import check_optim, fingerprint, mesh_for, model_folder, read_model_config, resumable
 
 log = logging.getLogger(__name__)

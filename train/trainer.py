@@ -24,6 +24,7 @@ from train.dapo import (
 )
 from train.packed import PackedRows
 from train.rollout import Group
+from train.step_metrics import at_ratio_one, token_metrics
 
 
 class Responses(NamedTuple):
@@ -50,12 +51,23 @@ class Responses(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a trainer step leaves behind: its numbers, and the values of each response for the rollout dump."""
+    """What a trainer step leaves behind.
+
+    Attributes:
+      metrics: its numbers.
+      score_N, advantage_N, mean_logp_N: of each response, for the rollout dump.
+      skipped: bool, of each mini-batch in order: its update was not finite and not made.
+      arrays: what the updates were made of, N rows each: tokens_NR, response_NR, old_logp_NR, rollout_logp_NR,
+        weight_NR and weighed_NR (the advantage times it, at ratio 1), loss_mask_NR, and mini_batch_N, the number of
+        each row's mini-batch (-1: in none).
+    """
 
     metrics: dict[str, float]
     score_N: np.ndarray
     advantage_N: np.ndarray
     mean_logp_N: np.ndarray
+    skipped: np.ndarray
+    arrays: dict[str, np.ndarray]
 
 
 class Trainer:
@@ -145,7 +157,15 @@ class Trainer:
             arrays["importance_BT"] = self._importance(rows, old_logp_NR)
         if config.algorithm.loss == "gspo":
             arrays["response_BT"] = rows.response_NR
-        metrics = _over_mini_batches(jax.device_get([self._update(i, part, arrays) for i, part in enumerate(packed)]))
+        made = []
+        for number, part in enumerate(packed):
+            made.append(self._update(number, part, arrays))
+            if number:  # one update waits while one is made: so the phase is true
+                jax.block_until_ready(made[number - 1])
+                on_phase(f"update {number}/{len(packed)} mini-batches")
+        made = jax.device_get(made)
+        on_phase("measure")
+        metrics = _over_mini_batches(made)
 
         real_NR = rows.response_NR > 0
         real_N = rows.group_N >= 0
@@ -153,15 +173,17 @@ class Trainer:
             real_NR & np.isin(rows.group_N, [g for g, x in enumerate(groups) if x.sampled_at == trainer_step])[:, None]
         )
         tokens_N = rows.response_NR.sum(axis=1)
-        plain_NR = np.broadcast_to(advantage_N[:, None], each_NR.shape)
-        weighed_NR = real_NR & (plain_NR != 0)
+        weighed_NR = at_ratio_one(config.algorithm, each_NR, old_logp_NR, rows.response_NR, reweight_mask_NR)
+        of_tokens, weight_NR = token_metrics(
+            config.algorithm, advantage_N, weighed_NR, old_logp_NR, rows.response_NR, loss_mask_NR
+        )
+        metrics |= of_tokens
         metrics |= {
             "lr": lr,
             "score": float(rows.score_N[real_N].mean()),
             "overlong_penalty": float(rows.penalty_N[real_N].mean()),
             "entropy": float(entropy_NR[real_NR].mean()),
             "old_logp": float(old_logp_NR[real_NR].mean()),
-            "advantage_weight": float((each_NR[weighed_NR] / plain_NR[weighed_NR]).mean()) if weighed_NR.any() else 1.0,
             "loss_token_share": float((loss_mask_NR > 0).sum() / real_NR.sum()),
             "trained_accuracy": float(np.mean([group.correct.mean() for group in groups])),
             "padding_share": float(np.average([x.padding_share for x in packed], weights=[len(x) for x in packed])),
@@ -172,7 +194,23 @@ class Trainer:
             metrics |= importance_metrics(arrays["importance_BT"], real_NR, config.algorithm.importance_cap)
         if ref_logp_NR is not None:
             metrics["delta_logp"] = float((old_logp_NR - ref_logp_NR)[real_NR].mean())
-        return Outcome(metrics, rows.score_N, advantage_N, old_logp_NR.sum(axis=1) / np.maximum(tokens_N, 1))
+        return Outcome(
+            metrics,
+            rows.score_N,
+            advantage_N,
+            old_logp_NR.sum(axis=1) / np.maximum(tokens_N, 1),
+            np.array([bool(one["skipped"]) for one in made]),
+            {
+                "tokens_NR": rows.tokens_NR,
+                "response_NR": rows.response_NR,
+                "old_logp_NR": old_logp_NR,
+                "rollout_logp_NR": rows.logp_NR,
+                "weight_NR": weight_NR,
+                "weighed_NR": weighed_NR,
+                "loss_mask_NR": loss_mask_NR,
+                "mini_batch_N": np.where(rows.group_N >= 0, np.arange(len(rows.group_N)) // self._mini_rows, -1),
+            },
+        )
 
     def _update(self, number: int, rows: PackedRows, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The optimizer step of mini-batch `number`; its metrics."""

@@ -1,0 +1,182 @@
+"""`python -m train report RUN [RUN ...]`: the curves of runs; those that differ in the seed alone are one line."""
+
+import dataclasses
+import fnmatch
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from rlvr_jax.files import write_json
+from train import figure
+from train.curves import Line, curve, find_metric, lines, read_run
+
+# Drawn without --metrics, where they are; then whether more is better (None: neither).
+SHOWN: dict[str, bool | None] = {
+    "eval/avg@*[0-9]": True,
+    "eval/pass@*": True,
+    "train/accuracy": True,
+    "train/score": True,
+    "train/entropy": None,
+    "train/response_length": None,
+    "train/groups_kept_share": True,
+    "train/loss": None,
+    "train/grad_norm": None,
+    "train/advantage_weight": None,
+    "train/clip_fraction_low": None,
+    "train/clip_fraction_high": None,
+    "train/rollout_gap_mean_abs": False,
+    "train/rollout_tokens_per_s": True,
+    "train/tokens_per_s": True,
+    "train/padding_share": False,
+    "train/seconds": False,
+}
+OTHERS: dict[str, bool | None] = {
+    "train/trained_accuracy": True,
+    "train/*seconds*": False,
+    "train/skipped*": False,
+    "train/rollout_gap*": False,
+    "*/response_cut_share": False,
+    "*/grading_errors": False,
+    "*/rollout_tokens_per_s": True,
+    "train/*memory*": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Curves of runs, drawn and tabulated.
+
+    Attributes:
+      runs: folders that `python -m train` wrote, finished or not
+      out: folder for curves.png, gradient.png, time.png and report.json; default: RUN/report, of several runs/report
+      metrics: what to draw, docs/metrics.md names all: accuracy, avg@32, train/seconds ...; default: a choice
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    out: str | None = None
+    metrics: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was read: the lines, and the metrics to draw as kind/name."""
+
+    out: Path
+    lines: list[Line]
+    metrics: list[str]
+
+
+def prepare(argv: Sequence[str]) -> Report:
+    """Reads the runs. Raises ValueError naming what is not there."""
+    return read(tyro.cli(ReportConfig, args=list(argv), prog="python -m train report", description=__doc__))
+
+
+def read(config: ReportConfig) -> Report:
+    """See `prepare`."""
+    folders = [Path(run) for run in config.runs]
+    if not folders:
+        raise ValueError("no run: give one or more folders that `python -m train` wrote")
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        twice = next(str(f) for f, p in zip(folders, paths, strict=True) if paths.count(p) > 1)
+        raise ValueError(f"the run {twice} is given twice")
+    runs = [read_run(folder, name) for folder, name in zip(folders, _names(paths), strict=True)]
+    known = list(dict.fromkeys(metric for run in runs for metric in run.curves))
+    if config.metrics:
+        metrics = list(dict.fromkeys(find_metric(name, known) for name in config.metrics))
+    else:
+        metrics = [name for shown in SHOWN for name in sorted(fnmatch.filter(known, shown), key=_by_number)]
+    default = folders[0] / "report" if len(folders) == 1 else Path("runs/report")
+    return Report(Path(config.out) if config.out else default, lines(runs), metrics)
+
+
+def run(report: Report) -> None:
+    """Writes the figures and report.json, and prints the table."""
+    made = {
+        "curves.png": figure.curves_figure(report.lines, report.metrics),
+        "gradient.png": figure.gradient_figure(report.lines),
+        "time.png": figure.time_figure(report.lines),
+    }
+    for name, drawn in made.items():
+        if drawn is not None:
+            figure.save(drawn, report.out / name)
+    rows = [row for metric in report.metrics for line in report.lines if (row := summary(line, metric)) is not None]
+    members = [{"label": line.label, "runs": [run.name for run in line.runs]} for line in report.lines]
+    write_json(report.out / "report.json", {"lines": members, "metrics": rows})
+    screen = Console(width=None if sys.stdout.isatty() else 140)
+    screen.print(_table(report, rows))
+    names = ", ".join(str(report.out / name) for name, drawn in made.items() if drawn is not None)
+    screen.print(f"figures: {names}", markup=False, highlight=False, soft_wrap=True)
+
+
+def summary(line: Line, metric: str) -> dict[str, Any] | None:
+    """First, last, least, greatest and (where more or less is better) best value of a line's mean, with their steps.
+
+    `last` is at the newest step that all its seeds have. None where no run has the metric.
+    """
+    found = curve(line, metric)
+    if found is None:
+        return None
+    last = int(np.flatnonzero(found.count == found.count.max())[-1])
+    steps, mean = found.steps[: last + 1], found.mean[: last + 1]
+    at = {"first": 0, "last": last, "least": int(mean.argmin()), "greatest": int(mean.argmax())}
+    upward = next((up for known, up in (SHOWN | OTHERS).items() if fnmatch.fnmatch(metric, known)), None)
+    if upward is not None:
+        at["best"] = at["greatest" if upward else "least"]
+    values = {name: {"value": float(mean[i]), "step": int(steps[i])} for name, i in at.items()}
+    seeds = int(found.count.max())
+    if seeds > 1:
+        values["last"] |= {"low": float(found.low[last]), "high": float(found.high[last])}
+    return {"metric": metric, "line": line.label, "seeds": seeds} | values
+
+
+def _table(report: Report, rows: Sequence[dict[str, Any]]) -> Table:
+    title = "last: least to greatest seed in brackets; best: where more or less is better, else the range"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    many = len(report.lines) > 1
+    table.add_column("metric", no_wrap=True)
+    if many:
+        table.add_column("line", overflow="fold")
+    for heading in ("first", "last", "at step", "best", "at step"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    before = None
+    for row in rows:
+        last = _number(row["last"]["value"])
+        if row["seeds"] > 1:
+            last += f" [{_number(row['last']['low'])}, {_number(row['last']['high'])}]"
+        if "best" in row:
+            best = (_number(row["best"]["value"]), str(row["best"]["step"]))
+        else:
+            best = (f"{_number(row['least']['value'])} to {_number(row['greatest']['value'])}", "")
+        cells = [row["metric"] if row["metric"] != before else "", *([row["line"]] if many else [])]
+        cells += [_number(row["first"]["value"]), last, str(row["last"]["step"]), *best]
+        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
+        before = row["metric"]
+    return table
+
+
+def _number(value: float) -> str:
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, or as much of their paths as tells them apart."""
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
+
+
+def _by_number(name: str) -> tuple[str, int]:
+    """pass@4 before pass@16."""
+    head, _, tail = name.partition("@")
+    return head, int(tail) if tail.isdigit() else 0
