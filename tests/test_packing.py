@@ -66,8 +66,8 @@ def test_what_is_spread_is_gathered():
         for number in range(1, seg.max() + 1)
     ]
     assert sorted(found) == sorted(whole)
-    assert rows.padding_share == 1 - sum(map(len, whole)) / rows.tokens.size
-    assert rows.padding_share < 0.4 < packed(12, 14).padding_share
+    assert rows.padding_share == pytest.approx(1 - sum(map(len, whole)) / rows.tokens.size)
+    assert rows.padding_share < 0.2 < packed(12, 14).padding_share
 
 
 def test_positions_begin_anew_with_every_sequence():
@@ -87,7 +87,7 @@ def test_packed_sequences_do_not_see_one_another(qk_norm):
     for row, number in np.argwhere(np.arange(1, 4) <= rows.segments.max(axis=1)[:, None]):
         at = rows.segments[row] == number + 1
         alone = hidden_states(config, params, rows.tokens[row, at][None])
-        np.testing.assert_allclose(hidden[row, at], alone[0], atol=2e-6)
+        np.testing.assert_allclose(hidden[row, at], alone[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)

@@ -51,6 +51,9 @@ class RolloutConfig:
     """Prompts decoded together; bounds the memory of the cache. None: the whole generation batch."""
     chunk: int = 64
     """Decode steps between two looks of the host."""
+    one_step_off: bool = False
+    """Collect the groups of the next trainer step, with the policy as it is, while this step updates it: its responses
+    are then one trainer step behind (`rollout_gap` and `algorithm.importance` are about that)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +182,9 @@ class CheckpointConfig:
     """Trainer steps between checkpoints; 0: the last step only."""
     keep: int | None = None
     """Newest checkpoints kept; None: all."""
+    generated: bool = True
+    """Keep graded generation batches in run_dir/generated until a checkpoint covers them: a killed run reads them
+    again instead of decoding them again."""
     export_every: int = 0
     """Trainer steps between exports of a Hugging Face folder to run_dir/hf_step_N; 0: to run_dir/hf at the end only."""
     export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

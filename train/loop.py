@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,17 @@ from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.files import write_json
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import RunError, config_dict, console
+from rlvr_jax.program import Preempted, Preemption, RunError, config_dict, console
 from rlvr_jax.rewards.pool import GraderPool
+from train.ahead import Ahead, own_copy
 from train.bad_batch import STOP_AFTER, Skips, save_bad_batch
 from train.display import Display
 from train.evaluate import evaluate
 from train.export import export
-from train.metrics import MetricLog, write_jsonl
-from train.prepare import Job
-from train.rollout import Collector, Decoder, Group
+from train.groups import Group, Spool, from_plain, to_plain
+from train.metrics import MetricLog, plain, write_jsonl
+from train.prepare import Job, fingerprint
+from train.rollout import Collected, Collector, Decoder
 from train.step_metrics import PhaseClock, memory_metrics, phase_metrics
 from train.tokens import TokenTexts, token_rows
 from train.trackers import open_trackers
@@ -65,7 +69,15 @@ class _Run:
         where = {"project": config.log.project, "run_name": config.log.name}
         trackers = open_trackers(stack, names, self.folder, config_dict(config), resume=resume, **where)
         self.pool = stack.enter_context(GraderPool(reward.workers, reward.timeout_s, reward.memory_mb))
-        self.collector = Collector(config, self.decoder, job.train, self.pool)
+        wanted = ("seed", "data", "rollout", "reward", "model", "algorithm", "optim", "data_sha256")
+        files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in job.model_folder.glob("*.safetensors"))
+        made_for = {name: job.record[name] for name in wanted} | {"files": files}
+        self.spool = Spool(
+            self.folder / "generated" if config.checkpoint.generated else None,
+            config.rollout.n,
+            fingerprint(json.dumps(made_for, sort_keys=True).encode()),
+        )
+        self.collector = Collector(config, self.decoder, job.train, self.pool, self.spool)
         self.trainer = Trainer(
             config,
             job.model_config,
@@ -76,8 +88,11 @@ class _Run:
         )
         self.checkpoints = stack.enter_context(Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep))
         self.trainer_steps, self.skips = 0, Skips()
+        self.preemption = stack.enter_context(Preemption())
+        self.ahead = stack.enter_context(Ahead(job.mesh)) if config.rollout.one_step_off else None
         if job.resume_from is not None:
             self._restore(job.resume_from)
+        self.counted = self.collector.counters
         self.metrics = MetricLog(
             self.folder, after_step=job.resume_from, tensorboard=config.log.tensorboard, trackers=trackers
         )
@@ -95,23 +110,28 @@ class _Run:
                 self.display.line(f"{name}: {prompts.summary(self.config.data.max_prompt)}")
         if self.trainer_steps:
             self.display.line(f"resumed {self.folder} after trainer step {self.trainer_steps}")
-        elif self.config.eval.every:
-            self._evaluate()
         steps = math.inf if self.config.steps is None else self.config.steps
-        while self.trainer_steps < steps and self._step():
-            self._after_step(last=self.trainer_steps >= steps or self.collector.done)
-        self._after_step(last=True)
+        self.position, self.covered = self.collector.snapshot(), 0
+        try:
+            self._after_step(last=False)  # at the beginning, or where the run was ended before it
+            while self.trainer_steps < steps and self._step(last=self.trainer_steps + 1 >= steps):
+                self._after_step(last=self.trainer_steps >= steps or self._used_up())
+            self._after_step(last=True)
+        except Preempted as asked:
+            raise Preempted(self._preempted()) from asked
+        self.checkpoints.wait()
+        self.spool.discard(self.collector.generation_batches)
         self._export(self.folder / "hf")
         self.display.line(
             f"done: {self.trainer_steps} trainer steps, {self.trainer.optimizer_steps} optimizer steps, "
             f"{self.collector.generation_batches} generation batches; model in {self.folder / 'hf'}"
         )
 
-    def _step(self) -> bool:
+    def _step(self, *, last: bool) -> bool:
         """One trainer step and its records; False where the data are used up."""
-        self._phase("prepare")
+        self._interruptible("prepare")
         outside = self.clock.take()
-        collected = self.collector.collect(self._rollout_params(), self.trainer_steps, self._phase)
+        collected = self._collected(last)
         if not collected.groups:
             return False
         self._phase("prepare")
@@ -127,7 +147,42 @@ class _Run:
         self._dump(collected.groups, outcome)
         if stop is not None:
             self._stop_not_finite(collected.groups, outcome, stop)
+        if self.ahead is None:
+            self.position = self.collector.snapshot()
         return True
+
+    def _collected(self, last: bool) -> Collected:
+        """The groups of this step; with one_step_off those of the next one are begun."""
+        if self.ahead is None:
+            collected = self.collector.collect(self._rollout_params(), self.trainer_steps, self._interruptible)
+            self.counted = self.collector.counters
+            return collected
+        collected = self.ahead.take()
+        if collected is None:
+            collected = self.collector.collect(self._rollout_params(), self.trainer_steps, self._interruptible)
+        self.counted = self.collector.counters  # now, before the thread goes on
+        if not last and collected.groups and not self.collector.done:
+            params = own_copy(self._rollout_params(), self.trainer.state.params)
+            self.ahead.begin(partial(self.collector.collect, params, self.trainer_steps))
+        return collected
+
+    def _used_up(self) -> bool:
+        """Whether there is nothing left to train on."""
+        waiting = self.ahead is not None and self.ahead.wait() is not None
+        return self.collector.done and not waiting
+
+    def _interruptible(self, name: str) -> None:
+        """A phase in which a run that is asked to end may do so at once, since the policy is that of the last step."""
+        self._phase(name)
+        if self.preemption.asked:
+            raise Preempted(name)
+
+    def _preempted(self) -> str:
+        """Saves what is not saved yet; what to tell the user."""
+        if self.trainer_steps and self.checkpoints.latest != self.trainer_steps:
+            self._save()
+        self.checkpoints.wait()
+        return f"asked to end (SIGTERM), saved after trainer step {self.trainer_steps}: the same command goes on"
 
     def _phase(self, name: str) -> None:
         self.clock.phase(name)
@@ -136,7 +191,7 @@ class _Run:
     def _share(self) -> float:
         """Share of the run that is done: of its steps or of its epochs, whichever ends it first."""
         steps = 0.0 if self.config.steps is None else self.trainer_steps / self.config.steps
-        return min(1.0, max(steps, self.collector.epoch / self.config.epochs))
+        return min(1.0, max(steps, self.counted["epoch"] / self.config.epochs))
 
     def _after_step(self, *, last: bool) -> None:
         """Evaluation, checkpoint and export, where they are due and not made yet."""
@@ -144,7 +199,7 @@ class _Run:
         if config.eval.every and (last or step % config.eval.every == 0) and self.metrics.last_step("eval") != step:
             self._evaluate()
         every = config.checkpoint.every
-        if (last or (every and step % every == 0)) and self.checkpoints.latest != step:
+        if (last or (every and step and step % every == 0)) and self.checkpoints.latest != step:
             self._save()
         every = config.checkpoint.export_every
         if every and step and step % every == 0 and self.exported_step != step:
@@ -159,7 +214,7 @@ class _Run:
         if self.job.val is None:
             return
         metrics, rows = evaluate(
-            self.config, self.decoder, self._rollout_params(), self.job.val, self.pool, self._phase
+            self.config, self.decoder, self._rollout_params(), self.job.val, self.pool, self._interruptible
         )
         self._phase("log")
         write_jsonl(self.folder / "eval" / f"step_{self.trainer_steps:06d}.jsonl", rows)
@@ -168,9 +223,8 @@ class _Run:
     def _log(self, kind: str, metrics: dict[str, Any]) -> None:
         counters = {
             "trainer_steps": self.trainer_steps,
-            "generation_batches": self.collector.generation_batches,
             "optimizer_steps": self.trainer.optimizer_steps,
-            "epoch": self.collector.epoch,
+            **self.counted,
         }
         record = {"kind": kind} | counters | metrics
         self.metrics.write(record)
@@ -235,15 +289,22 @@ class _Run:
 
     def _save(self) -> None:
         self._phase("save")
-        collector, arrays = self.collector.get_state()
-        skips = dataclasses.asdict(self.skips)
+        ahead = None if self.ahead is None else self.ahead.wait()
+        position = self.position if self.ahead is None else self.collector.snapshot()
+        collector, arrays = position.state()
         host = {
             "config": self.job.record,
             "trainer_steps": self.trainer_steps,
             "collector": collector,
-            "skips": skips,
+            "skips": dataclasses.asdict(self.skips),
         }
+        if ahead is not None:
+            groups, more = to_plain(ahead.groups)
+            host["ahead"] = {"groups": groups, "metrics": {name: plain(x) for name, x in ahead.metrics.items()}}
+            arrays = arrays | {f"ahead_{name}": x for name, x in more.items()}
         self.checkpoints.save(self.trainer_steps, self.trainer.state, host=host, arrays=arrays)
+        self.spool.discard(self.covered)  # by the checkpoint before: this one is being written
+        self.covered = position.drawn
 
     def _restore(self, step: int) -> None:
         restored = self.checkpoints.restore(self.trainer.state, step)
@@ -251,6 +312,10 @@ class _Run:
         self.trainer_steps = restored.host["trainer_steps"]
         self.skips = Skips(**restored.host.get("skips", {}))  # older checkpoints have none
         self.collector.set_state(restored.host["collector"], restored.arrays)
+        if self.ahead is not None and (saved := restored.host.get("ahead")) is not None:
+            begins = "ahead_"
+            arrays = {name.removeprefix(begins): x for name, x in restored.arrays.items() if name.startswith(begins)}
+            self.ahead.put(Collected(from_plain(saved["groups"], arrays, self.config.rollout.n), saved["metrics"]))
 
     def _export(self, folder: Path) -> None:
         self._phase("export")

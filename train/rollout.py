@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -13,56 +14,9 @@ from rlvr_jax.data.prompts import PromptSet, prompt_batches
 from rlvr_jax.decoding.generate import Generation, decode
 from rlvr_jax.decoding.state import LanguageModel
 from rlvr_jax.program import RunError
-from rlvr_jax.rewards.pool import GraderPool
+from rlvr_jax.rewards.pool import Graded, GraderPool
 from train.config import Config
-
-ROW_FIELDS = ("lengths", "finished", "correct", "score")  # arrays [n] of a group
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-    """The n responses to one prompt, graded.
-
-    Attributes:
-      prompt: place in the prompt set.
-      sampled_at: trainer steps that the sampling policy had behind it.
-      generation_batch: number of the generation batch, from 0.
-      tokens: int32 [n, longest], 0 beyond a response.
-      logp: float32 [n, longest], the sampler's log-probs at its temperature.
-      lengths: int32 [n] in tokens, the stop token included.
-      finished: bool [n], ended by a stop token.
-      correct: bool [n].
-      predictions: the answer read from each response, or None.
-      errors: why the grading of a response was cut short, or None.
-      score: float32 [n], the rewards: the rule's own, or +1 for correct and -1 for wrong (as when none are given).
-    """
-
-    prompt: int
-    sampled_at: int
-    generation_batch: int
-    tokens: np.ndarray
-    logp: np.ndarray
-    lengths: np.ndarray
-    finished: np.ndarray
-    correct: np.ndarray
-    predictions: tuple[str | None, ...]
-    errors: tuple[str | None, ...] = ()
-    score: np.ndarray = None  # pyright: ignore[reportAssignmentType] (filled below)
-
-    def __post_init__(self):
-        if self.score is None:
-            object.__setattr__(self, "score", np.where(self.correct, 1.0, -1.0).astype(np.float32))
-        if not self.errors:
-            object.__setattr__(self, "errors", (None,) * len(self.correct))
-
-    @property
-    def varies(self) -> bool:
-        """Whether the scores have a standard deviation above 0, so that the advantages say something.
-
-        Under a rule that says right or wrong that is the accuracy, as published (the overlong punishment is no part of
-        it); under a rule with graded rewards two right responses of different reward are enough.
-        """
-        return bool((self.score != self.score[0]).any())
+from train.groups import Group, Spool, from_plain, to_plain
 
 
 class Collected(NamedTuple):
@@ -92,11 +46,13 @@ class Decoder:
         prompt_length: int,
         at_once: int | None,
         on_tokens: Callable[[int, int], None] = lambda tokens, rows: None,
+        on_part: Callable[[list[Generation]], None] = lambda part: None,
         **sampling: Any,
     ) -> list[Generation]:
         """One `Generation` a prompt, decoded in equally shaped parts of `at_once` prompts (the last one filled up).
 
-        `on_tokens` is told now and then how many tokens were drawn and how many responses are done.
+        `on_tokens` is told now and then how many tokens were drawn and how many responses are done, `on_part` is given
+        the results of every part.
         """
         size = min(at_once or len(prompts), len(prompts))
         done, tokens, before = [], 0, 0
@@ -120,7 +76,9 @@ class Decoder:
             )
             n = len(result.lengths) // size
             wanted = min(size, len(prompts) - begin)
-            done += [Generation(*(x[i * n : (i + 1) * n] for x in result)) for i in range(wanted)]
+            made = [Generation(*(x[i * n : (i + 1) * n] for x in result)) for i in range(wanted)]
+            on_part(made)
+            done += made
             tokens, before = tokens + int(result.lengths.sum()), before + len(result.lengths)
         return done
 
@@ -158,8 +116,9 @@ class Collector:
     measures what this step changes, not how old they are; the gap metric and `carried_share` show their age.
     """
 
-    def __init__(self, config: Config, decoder: Decoder, prompts: PromptSet, pool: GraderPool):
+    def __init__(self, config: Config, decoder: Decoder, prompts: PromptSet, pool: GraderPool, spool: Spool):
         self._config, self._decoder, self._prompts, self._pool = config, decoder, prompts, pool
+        self._spool = spool
         self._batches = prompt_batches(prompts.problems, config.rollout.generation_batch, config.seed)
         self._carried: collections.deque[Group] = collections.deque()
         self.prompt_length = max(len(tokens) for tokens in prompts.tokens)
@@ -168,6 +127,11 @@ class Collector:
     def generation_batches(self) -> int:
         """Generation batches since the run began."""
         return self._batches.drawn
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """What a record says of the place in the data."""
+        return {"generation_batches": self.generation_batches, "epoch": self.epoch}
 
     @property
     def epoch(self) -> float:
@@ -194,14 +158,14 @@ class Collector:
         kept, self._carried = list(self._carried), collections.deque()
         carried = min(len(kept), algorithm.train_batch)
         made: list[Group] = []
-        batches, seconds, errors = 0, collections.Counter(), 0
+        batches, seconds = 0, collections.Counter()
         while len(kept) < algorithm.train_batch and not self.exhausted:
             if batches == algorithm.max_generation_batches:
                 if algorithm.when_short == "pad" and kept:
                     break
                 raise RunError(_short_of_groups(trainer_step, batches, made, kept, algorithm.train_batch))
-            groups, took, failed = self._generation_batch(params, trainer_step, on_phase)
-            batches, errors = batches + 1, errors + failed
+            groups, took = self._generation_batch(params, trainer_step, on_phase)
+            batches += 1
             seconds.update(took)
             made += groups
             kept += [group for group in groups if group.varies or not algorithm.dynamic_sampling]
@@ -218,98 +182,106 @@ class Collector:
             "prompts_dropped": self._prompts.dropped,
         }
         if made:
-            metrics |= _rollout_metrics(made, seconds, errors)
+            metrics |= _rollout_metrics(made, seconds)
         return Collected(groups, metrics)
 
     def _generation_batch(
         self, params: Any, trainer_step: int, on_phase: Callable[[str], None]
-    ) -> tuple[list[Group], dict[str, float], int]:
-        rollout, reward = self._config.rollout, self._config.reward
+    ) -> tuple[list[Group], dict[str, float]]:
+        """The groups of the next generation batch, and the seconds of its phases."""
         number = self._batches.drawn
         chosen = [int(i) for i in next(self._batches)]
+        if (kept := self._spool.load(number, trainer_step)) is not None:
+            return kept
+        rollout = self._config.rollout
         on_phase("rollout")
         start = time.monotonic()
-        generations = self._decoder(
-            params,
-            [self._prompts.tokens[i] for i in chosen],
-            range(len(chosen)),  # a prompt may come twice in a batch, at the edge of an epoch
-            prompt_length=self.prompt_length,
-            at_once=rollout.prompts_at_once,
-            on_tokens=rows_done(on_phase, "rollout", len(chosen) * rollout.n),
-            n=rollout.n,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            seed=rollout_seed(self._config.seed, number),
-        )
-        generated = time.monotonic()
-        on_phase(f"grade {len(chosen) * rollout.n} responses")
+        with ThreadPoolExecutor(1) as grader:  # one part is graded while the next is decoded
+            graded: list[Future[list[Graded]]] = []
+            waiting = iter(chosen)
+
+            def grade(part: list[Generation]) -> None:
+                graded.append(grader.submit(self._grade, [next(waiting) for _ in part], part))
+
+            generations = self._decoder(
+                params,
+                [self._prompts.tokens[i] for i in chosen],
+                range(len(chosen)),  # a prompt may come twice in a batch, at the edge of an epoch
+                prompt_length=self.prompt_length,
+                at_once=rollout.prompts_at_once,
+                on_tokens=rows_done(on_phase, "rollout", len(chosen) * rollout.n),
+                on_part=grade,
+                n=rollout.n,
+                temperature=rollout.temperature,
+                top_p=rollout.top_p,
+                top_k=rollout.top_k,
+                seed=rollout_seed(self._config.seed, number),
+            )
+            generated = time.monotonic()
+            on_phase(f"grade {len(chosen) * rollout.n} responses")
+            verdicts = iter([verdict for part in graded for verdict in part.result()])
+        groups = [
+            _group(prompt, trainer_step, number, generation, [next(verdicts) for _ in range(rollout.n)])
+            for prompt, generation in zip(chosen, generations, strict=True)
+        ]
+        seconds = {"rollout": generated - start, "grade": time.monotonic() - generated}
+        self._spool.save(number, trainer_step, groups, seconds)
+        return groups, seconds
+
+    def _grade(self, prompts: Sequence[int], generations: Sequence[Generation]) -> list[Graded]:
         responses = [
             self._decoder.text(tokens[:length])
             for generation in generations
             for tokens, length in zip(generation.tokens, generation.lengths, strict=True)
         ]
-        answers = [self._prompts.problems[i].answer for i in chosen for _ in range(rollout.n)]
-        graded = self._pool.grade(reward.rule, responses, answers)
-        groups = []
-        for g, (prompt, generation) in enumerate(zip(chosen, generations, strict=True)):
-            verdicts = graded[g * rollout.n : (g + 1) * rollout.n]
-            longest = int(generation.lengths.max())
-            groups.append(
-                Group(
-                    prompt=prompt,
-                    sampled_at=trainer_step,
-                    generation_batch=number,
-                    tokens=generation.tokens[:, :longest].copy(),
-                    logp=generation.logp[:, :longest].copy(),
-                    lengths=generation.lengths.copy(),
-                    finished=generation.finished.copy(),
-                    correct=np.array([verdict.correct for verdict in verdicts]),
-                    predictions=tuple(verdict.prediction for verdict in verdicts),
-                    errors=tuple(verdict.error for verdict in verdicts),
-                    score=np.array([verdict.reward for verdict in verdicts], np.float32),
-                )
-            )
-        took = {"rollout": generated - start, "grade": time.monotonic() - generated}
-        return groups, took, sum(verdict.error is not None for verdict in graded)
+        answers = [self._prompts.problems[i].answer for i in prompts for _ in range(self._config.rollout.n)]
+        return self._pool.grade(self._config.reward.rule, responses, answers)
+
+    def snapshot(self) -> "Position":
+        """Where the collector is now."""
+        return Position(self._batches.get_state(), self._batches.drawn, tuple(self._carried))
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Position in the data and the carried groups, as plain values and arrays."""
-        plain = [
-            {
-                "prompt": group.prompt,
-                "sampled_at": group.sampled_at,
-                "generation_batch": group.generation_batch,
-                "predictions": list(group.predictions),
-                "errors": list(group.errors),
-            }
-            for group in self._carried
-        ]
-        arrays = {
-            name: np.concatenate([getattr(group, name).reshape(-1) for group in self._carried])
-            for name in ("tokens", "logp", *ROW_FIELDS)
-            if self._carried
-        }
-        return {"data": self._batches.get_state(), "carried": plain}, arrays
+        """The state of `snapshot`."""
+        return self.snapshot().state()
 
     def set_state(self, plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Goes on exactly where `get_state` was called."""
+        """Goes on exactly where the state was taken."""
         self._batches.set_state(plain["data"])
-        self._carried.clear()
-        row = at = 0
-        n = self._config.rollout.n
-        for group in plain["carried"]:
-            # checkpoints made before there were graded rewards have no scores and no errors
-            rows = {name: arrays[name][row : row + n] for name in ROW_FIELDS if name in arrays}
-            longest = int(rows["lengths"].max())
-            cells = {name: arrays[name][at : at + n * longest].reshape(n, longest) for name in ("tokens", "logp")}
-            texts = {name: tuple(group.get(name, ())) for name in ("predictions", "errors")}
-            fields: dict[str, Any] = group | rows | cells | texts
-            self._carried.append(Group(**fields))
-            row, at = row + n, at + n * longest
+        self._carried = collections.deque(from_plain(plain["carried"], arrays, self._config.rollout.n))
 
 
-def _rollout_metrics(made: list[Group], seconds: collections.Counter, errors: int) -> dict[str, float]:
+class Position(NamedTuple):
+    """A collector's state between two trainer steps: place in the data, batches drawn, groups that wait."""
+
+    data: dict[str, Any]
+    drawn: int
+    carried: tuple[Group, ...]
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """As plain values and arrays, for a checkpoint."""
+        plain, arrays = to_plain(self.carried)
+        return {"data": self.data, "carried": plain}, arrays
+
+
+def _group(prompt: int, trainer_step: int, number: int, generation: Generation, verdicts: Sequence[Graded]) -> Group:
+    longest = int(generation.lengths.max())
+    return Group(
+        prompt=prompt,
+        sampled_at=trainer_step,
+        generation_batch=number,
+        tokens=generation.tokens[:, :longest].copy(),
+        logp=generation.logp[:, :longest].copy(),
+        lengths=generation.lengths.copy(),
+        finished=generation.finished.copy(),
+        correct=np.array([verdict.correct for verdict in verdicts]),
+        predictions=tuple(verdict.prediction for verdict in verdicts),
+        errors=tuple(verdict.error for verdict in verdicts),
+        score=np.array([verdict.reward for verdict in verdicts], np.float32),
+    )
+
+
+def _rollout_metrics(made: list[Group], seconds: collections.Counter) -> dict[str, float]:
     correct = np.concatenate([group.correct for group in made])
     lengths = np.concatenate([group.lengths for group in made])
     finished = np.concatenate([group.finished for group in made])
@@ -322,7 +294,7 @@ def _rollout_metrics(made: list[Group], seconds: collections.Counter, errors: in
         "response_length": float(lengths.mean()),
         "response_length_max": int(lengths.max()),
         "response_cut_share": float(1 - finished.mean()),
-        "grading_errors": errors,
+        "grading_errors": sum(error is not None for group in made for error in group.errors),
         "rollout_tokens": int(lengths.sum()),
         "rollout_tokens_per_s": float(lengths.sum() / max(seconds["rollout"], 1e-9)),
         "seconds_rollout": seconds["rollout"],
