@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from jax.sharding import AbstractMesh
 
+from rlvr_jax.data.problems import Problem
 from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.models.config import QwenConfig
