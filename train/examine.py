@@ -159,7 +159,7 @@ def _dtype(compute_dtype: str) -> str:
     """As `prepare.resolved_dtype`, but "auto" is decided by the platform asked for: looking would take a device."""
     if compute_dtype != "auto":
         return compute_dtype
-    return "float32" if (jax.config.jax_platforms or "").startswith("cpu") else "bfloat16"
+    return "float32" if (getattr(jax.config, "jax_platforms", None) or "").startswith("cpu") else "bfloat16"
 
 
 def _mesh(config: Config, *, check_rows: bool) -> AbstractMesh:
