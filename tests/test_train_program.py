@@ -339,10 +339,7 @@ def test_no_group_that_varies_is_one_sentence_and_exit_code_1(place, monkeypatch
 
 def test_three_updates_in_a_row_that_are_not_finite_end_the_run_with_their_batch(place, monkeypatch, capsys):
     """Two in the first trainer step; the third after a resume, since the checkpoint has the count."""
-    changes = {
-        **{"optim__lr": 1e30, "optim__warmup": 0, "eval__every": 0, "algorithm__dynamic_sampling": False},
-        "rollout__generation_batch": 4,
-    }
+    changes = {"optim__lr": 1e30, "optim__warmup": 0, "eval__every": 0, "algorithm__dynamic_sampling": False}
     folder = place / "blown"
     code, err = program(place, folder, monkeypatch, capsys, steps=1, **changes)
     assert code == 0, err

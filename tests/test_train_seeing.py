@@ -130,8 +130,8 @@ def test_a_tracker_that_fails_is_told_once_and_stops_nothing(tmp_path, monkeypat
 def test_the_end_of_a_run_that_failed_is_told(tmp_path, monkeypatch):
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with pytest.raises(KeyError, match="kind"):
-        follow(tmp_path, ("wandb",), resume=False, records=[{}])
+    with pytest.raises(KeyError, match="trainer_steps"):
+        follow(tmp_path, ("wandb",), resume=False, records=[{"kind": "train"}])
     assert fake.calls[-1] == ("finish", 1)
 
 

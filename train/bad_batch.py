@@ -51,7 +51,7 @@ def save_bad_batch(
     path = folder / f"bad_batch_step_{trainer_step:06d}.npz"
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **{name: x[chosen] for name, x in arrays.items()})  # type: ignore[arg-type]
-    finite = {name: np.isfinite(x).reshape(len(x), -1).all(axis=1) for name, x in arrays.items()}
+    finite = {name: np.isfinite(x).reshape(len(x), -1).min(axis=1) for name, x in arrays.items()}
     said = []
     for place, row in enumerate(chosen.tolist()):
         bad = [name for name, fine_N in finite.items() if not fine_N[row]]

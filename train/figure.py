@@ -31,7 +31,7 @@ def curves_figure(lines: Sequence[Line], metrics: Sequence[str]) -> Figure:
     columns = min(3, len(metrics))
     rows = math.ceil(len(metrics) / columns)
     figure = Figure(figsize=(4.6 * columns + 0.4, 2.9 * rows + 0.7), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     notes = []
     for axes, metric in zip(panels, metrics, strict=False):
         for number, line in enumerate(lines):
@@ -114,10 +114,10 @@ def _draw(axes: Axes, line: Line, metric: str, made: Curve, number: int) -> str:
         axes.plot(made.steps, np.where(rest, made.mean, np.nan), linewidth=0.7, **options)
     low, high, note = made.low, made.high, BAND
     if seeds == 1:
-        bounds = [curve(line, f"{metric}_{side}") for side in ("low", "high")]
-        if any(bound is None or not np.array_equal(bound.steps, made.steps) for bound in bounds):
+        bounds = [x.mean for side in ("low", "high") if (x := curve(line, f"{metric}_{side}")) is not None]
+        if [len(x) for x in bounds] != 2 * [len(made.steps)]:
             return ""
-        low, high, note = bounds[0].mean, bounds[1].mean, INTERVAL
+        (low, high), note = bounds, INTERVAL
     low, high = (np.where(whole, x, np.nan) for x in (low, high))
     axes.fill_between(made.steps, low, high, color=colour, alpha=0.2, linewidth=0)
     return note

@@ -110,7 +110,7 @@ class PhaseClock:
 
     def __init__(self, now: Callable[[], float] = time.monotonic):
         self._now, self._thread = now, threading.get_ident()
-        self._seconds: collections.Counter[str] = collections.Counter()
+        self._seconds: dict[str, float] = collections.defaultdict(float)
         self._phase, self._since = "other", now()
 
     def phase(self, name: str) -> None:
@@ -122,7 +122,7 @@ class PhaseClock:
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last call; the phase goes on."""
         self._add()
-        taken, self._seconds = dict(self._seconds), collections.Counter()
+        taken, self._seconds = self._seconds, collections.defaultdict(float)
         return taken
 
     def _add(self) -> None:
@@ -138,9 +138,8 @@ def phase_metrics(
 
     `seconds_other` is the step's total (collecting and training) less rollout, grade, score and update.
     """
-    step = collections.Counter(collecting) + collections.Counter(training)
-    total = sum(step.values())
-    metrics = {f"seconds_{name}": step[name] for name in STEP_PHASES}
+    total = sum(collecting.values()) + sum(training.values())
+    metrics = {f"seconds_{name}": collecting.get(name, 0.0) + training.get(name, 0.0) for name in STEP_PHASES}
     metrics["seconds_other"] = total - sum(metrics.values())
     metrics |= {f"seconds_{name}": outside.get(name, 0.0) for name in OUTSIDE_PHASES}
     return metrics | {"seconds": total}
