@@ -66,6 +66,9 @@ def check(config: Config) -> Job:
     if config.data.val is not None and config.eval.every:
         problems = distinct(load_problems(config.data.val, prompt_suffix=suffix))
         val = _prompts(config, tokenizer, problems)
+        known = {_text(problem) for problem in train.problems}
+        if shared := sum(_text(problem) in known for problem in val.problems):
+            log.warning("%d of %d validation problems are training problems too", shared, len(val))
     longest = max(len(tokens) for prompts in (train, val) if prompts for tokens in prompts.tokens)
     model_config = read_model_config(
         folder,
@@ -289,6 +292,10 @@ def _try_rule(config: Config, problems: Sequence[Problem]) -> None:
     failed = [verdict.error for verdict in graded if verdict.error] if rule == "reasoning_gym" else []
     if failed:
         raise ValueError(f"data.train={config.data.train}: its problems cannot be graded: {failed[0]}")
+
+
+def _text(problem: Problem) -> tuple[str, ...]:
+    return tuple(message["content"] for message in problem.messages)
 
 
 def _prompts(config: Config, tokenizer: Tokenizer, problems: list[Problem]) -> PromptSet:

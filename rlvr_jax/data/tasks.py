@@ -26,7 +26,9 @@ def read_tasks(source: str, *, prompt_suffix: str = "") -> list[Problem]:
     `reasoning_gym:leg_counting?size=500&seed=1`; `reasoning_gym:leg_counting,chain_sum?size=200&chain_sum.max_terms=4`.
     A key is a field of the task's configuration: of every task, or after `TASK.` of that one. Its value is read as
     JSON, else as text; `%26` stands for `&`. `size` (500 if not given) is the number of problems of each task, `seed`
-    is 0 if not given. The same source gives the same problems with the same version of reasoning-gym.
+    is 0 if not given. Most tasks make problem i from the random numbers of seed + i: two sets share problems unless
+    their seeds lie further apart than their sizes. The same source gives the same problems with the same version of
+    reasoning-gym.
 
     A problem's id is `TASK/SEED/INDEX`, its `data_source` is `reasoning_gym/TASK`, and its answer is what the rule
     "reasoning_gym" needs to make the entry again and grade by the task's `score_answer`: JSON of task, configuration,
