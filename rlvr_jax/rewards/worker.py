@@ -120,7 +120,8 @@ def _function(rule):
     function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
 
     def grade(response, answer):
-        verdict = function(response, answer)
+        verdict: Any = function(response, answer)
+        value: Any
         value, prediction = verdict if isinstance(verdict, tuple) and len(verdict) == 2 else (verdict, None)
         value = value.item() if hasattr(value, "item") else value  # numpy's and other scalars
         known = isinstance(value, float) or (isinstance(value, int) and value in (0, 1))
