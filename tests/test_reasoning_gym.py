@@ -133,3 +133,23 @@ def test_an_answer_of_another_kind_is_an_error(pool):
     assert plain.error == "ValueError: the reference answer is not that of a reasoning-gym problem"
     assert other.error == "ValueError: leg_counting 0 is another question when it is made again"
     assert (plain.correct, plain.score, other.score) == (False, 0.0, 0.0)
+
+
+@needs_gym
+def test_tasks_that_depend_on_the_hash_seed_or_on_global_random_numbers(pool):
+    problems = load_problems("reasoning_gym:ransom_note,list_functions,polynomial_multiplication?size=12&seed=1")
+    responses = [f"<answer>{json.loads(p.answer)['answer']}</answer>" for p in problems]
+    graded = pool.grade("reasoning_gym", responses, [p.answer for p in problems])
+    assert [(p.id, verdict) for p, verdict in zip(problems, graded, strict=True) if verdict.score != 1] == []
+
+
+@needs_gym
+@pytest.mark.slow
+def test_every_task_makes_its_problems_again_and_gives_its_own_answer_full_marks(pool):
+    import reasoning_gym
+
+    names = ",".join(name for name in reasoning_gym.factory.DATASETS if name != "composite")
+    problems = load_problems(f"reasoning_gym:{names}?size=3&seed=5")
+    own = [json.loads(p.answer)["answer"] for p in problems]
+    graded = pool.grade("reasoning_gym", [f"<answer>{x}</answer>" for x in own], [p.answer for p in problems])
+    assert [(p.id, v) for p, x, v in zip(problems, own, graded, strict=True) if v.error or (x and v.score != 1)] == []

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from rlvr_jax.rewards import Graded, GraderPool
-from tests.hostile import Case, cases
+from tests.hostile import SLOW_KINDS, Case, cases
 
 MEMORY_MB = 512
 REASONS = {
@@ -63,17 +63,17 @@ def grade_all(made: list[Case], timeout_s: float) -> dict[str, collections.Count
 
 
 def test_a_few_hundred_hostile_strings():
-    made = [case for case in cases(400, seed=1) if case.kind not in ("tower", "slow")][:300]
+    made = [case for case in cases(400, seed=1) if case.kind not in SLOW_KINDS][:250]
     made += [Case("tower", f"\\boxed{{{tower}}}", "42") for tower in ("9^{9^{9^9}}", "7^{7^{7^{7}}}")]
     made += [Case("valid", "\\boxed{6\\cdot 7}\nAnswer: 42", "42", True)]
-    assert len({case.kind for case in made}) == 11
+    assert len({case.kind for case in made}) == 8
     found = grade_all(made, timeout_s=1.0)
     assert found["math_verify"]["time"] >= 2
 
 
 @pytest.mark.slow
 def test_ten_thousand_hostile_strings():
-    found = grade_all(list(cases(10_000)), timeout_s=2.0)
+    found = grade_all(list(cases(10_000)), timeout_s=1.0)
     assert found["math_verify"]["time"] > 0
 
 

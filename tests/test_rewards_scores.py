@@ -1,5 +1,8 @@
 """Graded rewards: a researcher's own function with floats, what counts as right, what is an error."""
 
+import json
+import pickle
+
 import pytest
 
 from rlvr_jax.rewards import Graded, GraderPool, rules
@@ -74,9 +77,20 @@ def test_the_reward_of_a_verdict():
     assert Graded(False, "1", None).reward == -1
     assert Graded(False, None, None, 0.0).reward == 0
     assert Graded(True, None, None, 0.25).reward == 0.25
-    assert Graded(True, None, None)[3] is None
-    correct, prediction, error, score = Graded(True, "2", None, 0.5)
-    assert (correct, prediction, error, score) == (True, "2", None, 0.5)
+    assert Graded(True, None, None).score is None
+
+
+def test_a_verdict_is_still_a_tuple_of_three():
+    verdict = Graded(True, "2", None, 0.5)
+    correct, prediction, error = verdict
+    assert (correct, prediction, error, verdict.score) == (True, "2", None, 0.5)
+    assert json.loads(json.dumps(verdict)) == [True, "2", None]
+    assert Graded(True, "2", None) == (True, "2", None) == Graded(True, "2", None)
+    assert verdict != Graded(True, "2", None)
+    assert verdict != (True, "3", None)
+    copied = pickle.loads(pickle.dumps(verdict))
+    assert (copied, copied.score) == (verdict, 0.5)
+    assert repr(verdict) == "Graded(correct=True, prediction='2', error=None, score=0.5)"
 
 
 @pytest.mark.parametrize(

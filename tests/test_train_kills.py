@@ -71,7 +71,9 @@ def test_killed_at_twenty_one_random_moments(place):
     flags = arguments(place, place / "killed", steps=steps)
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(place / "cache"), "PYTHONPATH": str(ROOT)}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    moments = [(phase, rng.choice((1, 1, 2)), rng.choice((0.0, rng.random() / 5))) for phase in PHASES for _ in range(3)]
+    moments = [
+        (phase, rng.choice((1, 1, 2)), rng.choice((0.0, rng.random() / 5))) for phase in PHASES for _ in range(3)
+    ]
     rng.shuffle(moments)
     for phase, count, delay in moments:
         command = [sys.executable, "-c", KILLED, phase, str(count), str(delay), *flags]

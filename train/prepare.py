@@ -74,6 +74,9 @@ def check(config: Config) -> Job:
     train = tokenized(config, tokenizer, training_problems(config))
     problems = validation_problems(config)
     val = None if problems is None else tokenized(config, tokenizer, problems)
+    known = {_text(problem) for problem in train.problems}
+    if val is not None and (shared := sum(_text(problem) in known for problem in val.problems)):
+        log.warning("%d of %d validation problems are training problems too", shared, len(val))
     longest = max(len(tokens) for prompts in (train, val) if prompts for tokens in prompts.tokens)
     model_config = read_model_config(
         folder,
@@ -358,6 +361,10 @@ def _filled(saved: dict, defaults: dict) -> dict:
         key: _filled(value, defaults.get(key) or {}) if isinstance(value, dict) else value
         for key, value in saved.items()
     }
+
+
+def _text(problem: Problem) -> tuple[str, ...]:
+    return tuple(message["content"] for message in problem.messages)
 
 
 def micro_rows(config: Config) -> int:

@@ -4,7 +4,11 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import urllib.parse
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +16,7 @@ from rlvr_jax.data.problems import Problem
 
 PREFIX = "reasoning_gym:"
 SUFFIX = "\nReason step by step, then give the final answer alone between <answer> and </answer>."
+_SCRIPT = Path(__file__).with_name("gym_entries.py")
 DEFAULTS = {"size": 500, "seed": 0}  # reasoning-gym draws a seed where none is given
 
 
@@ -26,7 +31,9 @@ def read_tasks(source: str, *, prompt_suffix: str = "") -> list[Problem]:
     `reasoning_gym:leg_counting?size=500&seed=1`; `reasoning_gym:leg_counting,chain_sum?size=200&chain_sum.max_terms=4`.
     A key is a field of the task's configuration: of every task, or after `TASK.` of that one. Its value is read as
     JSON, else as text; `%26` stands for `&`. `size` (500 if not given) is the number of problems of each task, `seed`
-    is 0 if not given. The same source gives the same problems with the same version of reasoning-gym.
+    is 0 if not given. Most tasks make problem i from the random numbers of seed + i: two sets share problems unless
+    their seeds lie further apart than their sizes. The same source gives the same problems with the same version of
+    reasoning-gym.
 
     A problem's id is `TASK/SEED/INDEX`, its `data_source` is `reasoning_gym/TASK`, and its answer is what the rule
     "reasoning_gym" needs to make the entry again and grade by the task's `score_answer`: JSON of task, configuration,
@@ -40,31 +47,26 @@ def read_tasks(source: str, *, prompt_suffix: str = "") -> list[Problem]:
         ValueError: reasoning-gym is not installed (naming the command), an unknown task or key (naming close ones), a
             value that the task refuses, a task that fails to make a problem.
     """
-    gym = _reasoning_gym(source)
+    tasks = check_tasks(source)
+    configs = dict(tasks)
     problems = []
-    for task, config in check_tasks(source):
-        try:
-            entries = list(gym.create_dataset(task, **config))
-        except Exception as error:  # tasks check their configuration by assert, and some while they make the problems
-            raise ValueError(f"{source}: {task} with {config}: {type(error).__name__}: {error}") from error
-        for index, entry in enumerate(entries):
-            question, answer = entry["question"], entry.get("answer")
-            asked = {
-                "task": task,
-                "index": index,
-                "answer": answer if isinstance(answer, str) else None,
-                "config": config,
-                "question_sha256": hashlib.sha256(question.encode(errors="surrogatepass")).hexdigest()[:16],
-            }
-            problems.append(
-                Problem(
-                    index=len(problems),
-                    id=f"{task}/{config['seed']}/{index}",
-                    messages=({"role": "user", "content": question.strip() + (prompt_suffix or SUFFIX)},),
-                    answer=json.dumps(asked),
-                    data_source=f"reasoning_gym/{task}",
-                )
+    for task, index, question, answer in _entries(source, tasks):
+        asked = {
+            "task": task,
+            "index": index,
+            "answer": answer if isinstance(answer, str) else None,
+            "config": configs[task],
+            "question_sha256": hashlib.sha256(question.encode(errors="surrogatepass")).hexdigest()[:16],
+        }
+        problems.append(
+            Problem(
+                index=len(problems),
+                id=f"{task}/{configs[task]['seed']}/{index}",
+                messages=({"role": "user", "content": question.strip() + (prompt_suffix or SUFFIX)},),
+                answer=json.dumps(asked),
+                data_source=f"reasoning_gym/{task}",
             )
+        )
     return problems
 
 
@@ -112,6 +114,22 @@ def _reasoning_gym(source: str) -> ModuleType:
     except ImportError as error:
         raise ValueError(f"{source}: reasoning-gym is not installed ({error}): pip install reasoning-gym") from error
     return reasoning_gym
+
+
+def _entries(source: str, tasks: list[tuple[str, dict[str, Any]]]) -> list[list[Any]]:
+    done = subprocess.run(
+        [sys.executable, "-P", str(_SCRIPT)],
+        input=json.dumps(tasks),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    if lines and isinstance(lines[-1], dict):
+        raise ValueError(f"{source}: {lines[-1]['error']}")
+    if done.returncode:
+        raise ValueError(f"{source}: its problems cannot be made: {done.stderr.strip()[-300:]}")
+    return lines
 
 
 def _close(name, names) -> str:

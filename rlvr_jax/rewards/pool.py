@@ -17,8 +17,14 @@ START_ATTEMPTS = 3
 IN_PROCESS_ANSWER = 2000  # characters; DAPO's regular expressions are quadratic in the worst case, 10 ms at this length
 
 
-class Graded(NamedTuple):
-    """One verdict.
+class _Verdict(NamedTuple):
+    correct: bool
+    prediction: str | None
+    error: str | None
+
+
+class Graded(_Verdict):
+    """One verdict: the tuple `(correct, prediction, error)`, and a score beside it.
 
     Attributes:
         correct: the response's answer equals the reference answer.
@@ -27,12 +33,26 @@ class Graded(NamedTuple):
         error: why there is no proper comparison (time limit, memory, crash, an exception in the parser), else None.
             A wrong or missing answer is not an error. `correct` is False wherever the grading was cut short.
         score: the reward of a rule that gives a graded one, else None: then it is +1 or -1 by `correct` (`reward`).
+            No part of the tuple, which stays one of three.
     """
 
-    correct: bool
-    prediction: str | None
-    error: str | None
-    score: float | None = None
+    score: float | None
+
+    def __new__(cls, correct: bool, prediction: str | None, error: str | None, score: float | None = None):
+        self = super().__new__(cls, correct, prediction, error)
+        self.score = score
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return tuple.__eq__(self, other) is True and (not isinstance(other, Graded) or self.score == other.score)
+
+    def __ne__(self, other: object) -> bool:  # a tuple has its own
+        return not self == other
+
+    __hash__ = _Verdict.__hash__
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, score={self.score!r})"
 
     @property
     def reward(self) -> float:
@@ -118,7 +138,10 @@ class GraderPool:
             RuntimeError: workers do not start.
         """
         if rule not in RULES and not all(rule.partition(":")):
-            raise ValueError(f"rule = {rule!r}: expected one of {', '.join(RULES)} or 'module:function'")
+            raise ValueError(
+                f"rule = {rule!r}: expected one of math_verify, dapo_answer or 'module:function'"
+                " (or reasoning_gym for its own problems)"
+            )
         if len(responses) != len(answers):
             raise ValueError(f"{len(responses)} responses but {len(answers)} answers: expected one answer a response")
         for name, texts in (("responses", responses), ("answers", answers)):
@@ -133,7 +156,7 @@ class GraderPool:
                 return self._extracted(rule, rules.last_boxed, list(pairs))
             if rule == "reasoning_gym":
                 graded = self._extracted(rule, rules.final_answer, list(pairs))
-                return [verdict if verdict.score is not None else verdict._replace(score=0.0) for verdict in graded]
+                return [x if x.score is not None else Graded(*x, score=0.0) for x in graded]
             if rule == "dapo_answer":
                 return self._dapo_answer(list(pairs))
             return self._run(rule, list(pairs))
@@ -149,7 +172,7 @@ class GraderPool:
                 wanted[prediction, answer].append(i)
             verdicts.append(known or Graded(False, prediction, error))
         for (prediction, answer), graded in zip(wanted, self._run(rule, list(wanted)), strict=True):
-            graded = graded._replace(prediction=prediction)
+            graded = Graded(graded.correct, prediction, graded.error, graded.score)
             self._remember((rule, prediction, answer), graded)
             for i in wanted[prediction, answer]:
                 verdicts[i] = graded
@@ -204,7 +227,7 @@ class GraderPool:
                         worker.assign(job, *jobs[job])
                 for worker, message in wait([worker for worker in team if not worker.ready or worker.job is not None]):
                     if worker.job is not None:
-                        verdicts[worker.job] = Graded(*map(message.get, Graded._fields))
+                        verdicts[worker.job] = Graded(*map(message.get, ("correct", "prediction", "error", "score")))
                         worker.job, left = None, left - 1
                     elif "fatal" in message:
                         raise ValueError(f"rule = {rule!r}: the grader cannot be imported: {message['fatal']}")

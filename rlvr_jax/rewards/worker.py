@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import random
 import resource
 import runpy
 import signal
@@ -86,11 +87,14 @@ def _reasoning_gym():
 
     @functools.lru_cache(maxsize=256)
     def made(task, config):
+        random.seed(0)
         return reasoning_gym.create_dataset(task, **json.loads(config))
 
     @functools.lru_cache(maxsize=4096)
     def entry_of(task, config, index, digest):
-        entry = made(task, config)[index]
+        dataset = made(task, config)
+        random.seed(0)  # some tasks draw from the global random numbers; `gym_entries` sets them too
+        entry = dataset[index]
         if hashlib.sha256(entry["question"].encode(errors="surrogatepass")).hexdigest()[: len(digest)] != digest:
             raise ValueError(f"{task} {index} is another question when it is made again")
         return entry
@@ -116,7 +120,8 @@ def _function(rule):
     function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
 
     def grade(response, answer):
-        verdict = function(response, answer)
+        verdict: Any = function(response, answer)
+        value: Any
         value, prediction = verdict if isinstance(verdict, tuple) and len(verdict) == 2 else (verdict, None)
         value = value.item() if hasattr(value, "item") else value  # numpy's and other scalars
         known = isinstance(value, float) or (isinstance(value, int) and value in (0, 1))
