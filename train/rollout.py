@@ -116,9 +116,11 @@ class Collector:
     measures what this step changes, not how old they are; the gap metric and `carried_share` show their age.
     """
 
-    def __init__(self, config: Config, decoder: Decoder, prompts: PromptSet, pool: GraderPool, spool: Spool):
+    def __init__(
+        self, config: Config, decoder: Decoder, prompts: PromptSet, pool: GraderPool, spool: Spool | None = None
+    ):
         self._config, self._decoder, self._prompts, self._pool = config, decoder, prompts, pool
-        self._spool = spool
+        self._spool = spool or Spool(None, config.rollout.n, "")
         self._batches = prompt_batches(prompts.problems, config.rollout.generation_batch, config.seed)
         self._carried: collections.deque[Group] = collections.deque()
         self.prompt_length = max(len(tokens) for tokens in prompts.tokens)
