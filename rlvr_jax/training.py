@@ -88,7 +88,7 @@ def make_train_step(
     def step(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, Scalar]]:
         return finish(state, accumulated(state.params, batch))
 
-    return _jit_update(step, shardings, donate=0)
+    return _jit_update(step, shardings)
 
 
 class AccumulatingStep(NamedTuple):
@@ -97,7 +97,7 @@ class AccumulatingStep(NamedTuple):
     Attributes:
       begin: `begin(params, batch) -> sums` of nothing; the batch gives shapes alone.
       add: `add(params, sums, batch) -> sums` with those of a micro-batch added; the old sums are donated.
-      finish: `finish(state, sums) -> (state, metrics)`: the update, as `make_train_step` makes it; both are donated.
+      finish: `finish(state, sums) -> (state, metrics)`: the update, as `make_train_step` makes it; the state is donated.
     """
 
     begin: Callable[[Tree, Tree], Any]
@@ -118,7 +118,7 @@ def make_accumulating_step(
     return AccumulatingStep(
         jax.jit(lambda params, batch: _zeros(sums, params, batch), out_shardings=placement),
         jax.jit(add, donate_argnums=1, out_shardings=placement),
-        _jit_update(_make_finish(optimizer, shardings), shardings, donate=(0, 1)),
+        _jit_update(_make_finish(optimizer, shardings), shardings),
     )
 
 
@@ -167,10 +167,10 @@ def _make_finish(
     return finish
 
 
-def _jit_update(function: Callable, shardings: TrainState | None, donate: int | tuple[int, ...]) -> Callable:
+def _jit_update(function: Callable, shardings: TrainState | None) -> Callable:
     if shardings is None:
-        return jax.jit(function, donate_argnums=donate)
-    return jax.jit(function, donate_argnums=donate, out_shardings=(shardings, None))
+        return jax.jit(function, donate_argnums=0)
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _zeros(sums: Callable[[Tree, Tree], Sums], params: Tree, batch: Tree) -> Sums:

@@ -25,7 +25,7 @@ class StubDecoder:
     def __init__(self):
         self.seeds = []
 
-    def __call__(self, params, prompts, problem_ids, *, n, seed, **_):
+    def __call__(self, params, prompts, problem_ids, *, n, seed, on_part, **_):
         self.seeds.append(seed)
         made = []
         assert len(set(problem_ids)) == len(prompts)  # equal ids would draw equal random numbers
@@ -33,6 +33,9 @@ class StubDecoder:
             lengths = np.arange(1, n + 1, dtype=np.int32)
             cells = (np.arange(8) < lengths[:, None]) * np.int32(identity)
             made.append(Generation(cells, cells * np.float32(-0.25), lengths, lengths < n, lengths < 0, lengths))
+        half = len(made) // 2
+        on_part(made[:half])
+        on_part(made[half:])
         return made
 
     def text(self, tokens):

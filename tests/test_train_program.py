@@ -64,7 +64,8 @@ def arguments(place, run_dir, **changes):
     for name, value in values.items():
         group, _, last = name.replace("_", "-").rpartition(".")
         prefix = f"--{group}." if group else "--"
-        flags += [f"{prefix}no-{last}"] if value is False else [f"{prefix}{last}", str(value)]
+        switch = {False: [f"{prefix}no-{last}"], True: [f"{prefix}{last}"]}
+        flags += switch[value] if isinstance(value, bool) else [f"{prefix}{last}", str(value)]
     return flags
 
 

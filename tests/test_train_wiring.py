@@ -215,7 +215,7 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, params, prompts, problem_ids, *, n, on_tokens, **settings):
+    def __call__(self, params, prompts, problem_ids, *, n, on_tokens, on_part=lambda part: None, **settings):
         self.calls.append({"problem_ids": list(problem_ids), "n": n, **settings})
         made = Generation(
             np.ones((n, 2), np.int32),
@@ -225,6 +225,7 @@ class Recorder:
             np.zeros(n, bool),
             np.full(n, 2),
         )
+        on_part([made for _ in prompts])
         return [made for _ in prompts]
 
     def text(self, tokens):
