@@ -35,7 +35,7 @@ class Bench:
     sides: tuple[Literal["ours", "torch fp32", "torch bf16"], ...] = ("ours", "torch fp32", "torch bf16")
     repeats: int = 5
     """Timed runs."""
-    micro_rows: int = 8
+    micro_rows: int = 4
     """Rows of a micro-batch of ours."""
     remat: Literal["none", "dots", "full"] = "none"
     """What our forward keeps."""

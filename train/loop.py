@@ -90,9 +90,9 @@ class _Run:
         self.trainer_steps, self.skips = 0, Skips()
         self.preemption = stack.enter_context(Preemption())
         self.ahead = stack.enter_context(Ahead(job.mesh)) if config.rollout.one_step_off else None
+        self.counted = self.collector.counters
         if job.resume_from is not None:
             self._restore(job.resume_from)
-        self.counted = self.collector.counters
         self.metrics = MetricLog(
             self.folder, after_step=job.resume_from, tensorboard=config.log.tensorboard, trackers=trackers
         )
@@ -297,6 +297,7 @@ class _Run:
             "trainer_steps": self.trainer_steps,
             "collector": collector,
             "skips": dataclasses.asdict(self.skips),
+            "counted": self.counted,
         }
         if ahead is not None:
             groups, more = to_plain(ahead.groups)
@@ -312,6 +313,7 @@ class _Run:
         self.trainer_steps = restored.host["trainer_steps"]
         self.skips = Skips(**restored.host.get("skips", {}))  # older checkpoints have none
         self.collector.set_state(restored.host["collector"], restored.arrays)
+        self.counted = restored.host.get("counted", self.collector.counters)
         if self.ahead is not None and (saved := restored.host.get("ahead")) is not None:
             begins = "ahead_"
             arrays = {name.removeprefix(begins): x for name, x in restored.arrays.items() if name.startswith(begins)}

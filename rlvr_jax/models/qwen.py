@@ -16,6 +16,8 @@ from rlvr_jax.typing import Array, Float, Int
 
 Params = Mapping[str, Any]
 
+# Up to so many layers are not worth a loop, which keeps what the backward pass needs in stacked arrays and copies it.
+_UNROLLED = 8
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -147,6 +149,7 @@ class Qwen(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.config.num_layers,
+            unroll=self.config.num_layers if self.config.num_layers <= _UNROLLED else 1,
         )(self.config)
         self.final_norm = declare("final_norm")
         if not self.config.tie_word_embeddings:

@@ -40,7 +40,7 @@ def chunked_logprobs(
 ) -> Float[jax.Array, "B T"] | tuple[Float[jax.Array, "B T"], Float[jax.Array, "B T"]]:
     """`token_logprobs(hidden @ unembed, ...)` holding the logits of at most `chunk` tokens at a time; entropy too.
 
-    The backward pass computes each chunk's logits again, so neither direction stores a [B, T, V] array (public issues
+    The backward pass computes each chunk's logits again (a single chunk's are kept), so neither direction stores a [B, T, V] array (public issues
     trl #3456, verl #1100). Matrix products run in the dtype of `hidden_BTD` with float32 results, and the gradient of
     `unembed_DV` is summed over chunks in float32. Gradients flow to hidden, unembed and temperature, from both outputs;
     reverse mode only. `entropy=True` returns (logp_BT, entropy_BT), the entropy in nats of the tempered distribution.
@@ -100,22 +100,23 @@ def _forward(hidden_RSD, unembed_DV, targets_RS, temperature_R11, width: int, en
         if entropy:
             p_RCV = jnp.exp(shifted_RCV - log_sum_RC[..., None])
             entropy_RC = log_sum_RC - jnp.sum(p_RCV * shifted_RCV, axis=-1)
-        return None, (chosen_RC - log_sum_RC, top_RC, log_sum_RC, entropy_RC)
+        kept_RCV = scores_RCV if width == targets_RS.shape[1] else None
+        return None, (chosen_RC - log_sum_RC, top_RC, log_sum_RC, entropy_RC, kept_RCV)
 
     _, stacked = jax.lax.scan(score_chunk, None, jnp.arange(0, targets_RS.shape[1], width))
-    logp_RS, top_RS, log_sum_RS, entropy_RS = jax.tree.map(_unstack, stacked)
-    saved = (hidden_RSD, unembed_DV, targets_RS, temperature_R11, top_RS, log_sum_RS, entropy_RS)
+    logp_RS, top_RS, log_sum_RS, entropy_RS, scores_RSV = jax.tree.map(_unstack, stacked)
+    saved = (hidden_RSD, unembed_DV, targets_RS, temperature_R11, top_RS, log_sum_RS, entropy_RS, scores_RSV)
     return (logp_RS, entropy_RS) if entropy else (logp_RS,), saved
 
 
 def _backward(width: int, entropy: bool, saved, cotangents):
-    hidden_RSD, unembed_DV, targets_RS, temperature_R11, top_RS, log_sum_RS, entropy_RS = saved
+    hidden_RSD, unembed_DV, targets_RS, temperature_R11, top_RS, log_sum_RS, entropy_RS, scores_RSV = saved
     unembed, accumulator = unembed_DV.astype(hidden_RSD.dtype), _accumulator(hidden_RSD)
     d_logp_RS, *d_entropy_RS = cotangents
 
     def chunk_gradient(d_unembed_DV, start):
         hidden_RCD = _slice(hidden_RSD, start, width)
-        scores_RCV = _scores(hidden_RCD, unembed, temperature_R11)
+        scores_RCV = _scores(hidden_RCD, unembed, temperature_R11) if scores_RSV is None else scores_RSV
         top_RC1, log_sum_RC1 = (_slice(x_RS, start, width)[..., None] for x_RS in (top_RS, log_sum_RS))
         logp_RCV = scores_RCV - top_RC1 - log_sum_RC1
         p_RCV = jnp.exp(logp_RCV)
