@@ -255,7 +255,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Case):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    parser.add_argument("--python", default=sys.executable, help="interpreter that has the compiler (CUDA: jax[cuda13])")
+    parser.add_argument(
+        "--python", default=sys.executable, help="interpreter that has the compiler (CUDA: jax[cuda13])"
+    )
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("programs", nargs="*", metavar="program", help=", ".join(_PROGRAMS))
     options = vars(parser.parse_args())
