@@ -97,7 +97,7 @@ class AccumulatingStep(NamedTuple):
     Attributes:
       begin: `begin(params, batch) -> sums` of nothing; the batch gives shapes alone.
       add: `add(params, sums, batch) -> sums` with those of a micro-batch added; the old sums are donated.
-      finish: `finish(state, sums) -> (state, metrics)`: the update, as `make_train_step` makes it; the state is donated.
+      finish: `finish(state, sums) -> (state, metrics)`: the update as `make_train_step` makes it; donates the state.
     """
 
     begin: Callable[[Tree, Tree], Any]

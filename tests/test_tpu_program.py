@@ -45,11 +45,15 @@ def test_what_counts_as_moved():
 %fused_computation.1 (param_0: bf16[4,8]) -> bf16[4,8] {
   %inner.1 = bf16[4,8]{1,0:T(8,128)(2,1)} convert(%param_0)
 }
+%fused_scatter (param_0: bf16[4,8]) -> bf16[4,8] {
+  ROOT %inner.2 = bf16[4,8]{1,0} scatter(%param_0, %i, %u), to_apply=%region
+}
 %body (param: (bf16[4,8], s32[])) -> (bf16[4,8], s32[]) {
   %got.1 = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%param), index=0
   %copy.1 = bf16[4,8]{1,0:T(8,128)(2,1)} copy(%got.1)
   %slice.1 = bf16[4,2]{1,0} dynamic-slice(%got.1, %c), dynamic_slice_sizes={4,2}
   %fusion.1 = (s32[], f32[2,16]{1,0}) fusion(%got.1), kind=kLoop, calls=%fused_computation.1, backend_config={"aliasing_operands":{"lists":[]}}
+  %fusion.3 = bf16[4,8]{1,0} fusion(%got.1), kind=kInput, calls=%fused_scatter
   %fusion.2 = bf16[4,8]{1,0} fusion(%got.1), kind=kCustom, calls=%fused_computation.1, backend_config={"aliasing_operands":{"lists":[{"indices":["0","3"]}]}}
 }
 """  # noqa: E501

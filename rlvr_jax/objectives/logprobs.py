@@ -40,8 +40,8 @@ def chunked_logprobs(
 ) -> Float[jax.Array, "B T"] | tuple[Float[jax.Array, "B T"], Float[jax.Array, "B T"]]:
     """`token_logprobs(hidden @ unembed, ...)` holding the logits of at most `chunk` tokens at a time; entropy too.
 
-    The backward pass computes each chunk's logits again (a single chunk's are kept), so neither direction stores a [B, T, V] array (public issues
-    trl #3456, verl #1100). Matrix products run in the dtype of `hidden_BTD` with float32 results, and the gradient of
+    The backward pass computes each chunk's logits again (those of a single chunk are kept), so neither direction stores
+    a [B, T, V] array of more tokens (public issues trl #3456, verl #1100). Matrix products run in the dtype of `hidden_BTD` with float32 results, and the gradient of
     `unembed_DV` is summed over chunks in float32. Gradients flow to hidden, unembed and temperature, from both outputs;
     reverse mode only. `entropy=True` returns (logp_BT, entropy_BT), the entropy in nats of the tempered distribution.
 
