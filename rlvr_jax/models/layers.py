@@ -222,7 +222,7 @@ def project_qkv(
     return q, k, constrain(v, "batch", "time", "kv_heads", "head_dim")
 
 
-def _to_heads(y_BTD: jax.Array, w_DNH: Array) -> jax.Array:
+def _to_heads(y_BTD: Array, w_DNH: Array) -> jax.Array:
     return dense(y_BTD, w_DNH.reshape(w_DNH.shape[0], -1)).reshape(*y_BTD.shape[:2], *w_DNH.shape[1:])
 
 

@@ -197,7 +197,7 @@ def default_positions(tokens_BT: Array, mask_BT: Array | None) -> jax.Array:
     if mask_BT is None:
         return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     count_BT = jnp.cumsum(mask_BT != 0, axis=1) - 1
-    highest_BT = jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1)
+    highest_BT = jax.lax.cummax(jnp.asarray(mask_BT, jnp.int32), axis=1)
     begins_BT = jnp.diff(highest_BT, axis=1, prepend=0) > 0  # a gap inside a sequence begins none
     return jnp.maximum(count_BT - jax.lax.cummax(jnp.where(begins_BT, count_BT, 0), axis=1), 0)
 

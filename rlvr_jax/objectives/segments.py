@@ -25,7 +25,7 @@ def response_sums(
     return jax.vmap(of_row)(jnp.asarray(values_BT), jnp.asarray(segment_BT))
 
 
-def response_begins(segment_BT: Int[Array, "B T"] | None, shape: tuple[int, int]) -> jax.Array:
+def response_begins(segment_BT: Int[Array, "B T"] | None, shape: tuple[int, ...]) -> jax.Array:
     """bool [B, T]: the first token of every response (of every row without `segment_BT`)."""
     if segment_BT is None:
         return jnp.zeros(shape, bool).at[:, 0].set(True)
