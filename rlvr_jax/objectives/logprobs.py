@@ -42,8 +42,8 @@ def chunked_logprobs(
 
     The backward pass computes each chunk's logits again (those of a single chunk are kept), so neither direction stores
     a [B, T, V] array of more than `chunk` tokens (public issues trl #3456, verl #1100). Matrix products run in the
-    dtype of `hidden_BTD` with float32 results, and the gradient of `unembed_DV` is summed over chunks in float32. Gradients
-    flow to hidden, unembed and temperature, from both outputs; reverse mode only. `entropy=True` returns
+    dtype of `hidden_BTD` with float32 results, and the gradient of `unembed_DV` is summed over chunks in float32.
+    Gradients flow to hidden, unembed and temperature, from both outputs; reverse mode only. `entropy=True` returns
     (logp_BT, entropy_BT), the entropy in nats of the tempered distribution.
 
     `chunk` counts tokens over the whole (global) batch. A chunk is a slice of time that takes every row, so a batch
