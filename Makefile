@@ -13,7 +13,7 @@ EXTRAS := $(EXTRAS_$(ACCELERATOR))
 PYTEST := $(BIN)/python -m pytest
 JOBS ?= 2
 
-.PHONY: help setup demo test test-slow test-parity bench-decode tpu-compiler lint clean
+.PHONY: help setup demo test test-slow test-parity bench-decode bench-train tpu-compiler lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,6 +61,11 @@ bench-decode: setup  ## installs torch, then measures decoding beside its peers
 	@echo "[setup] installing torch for the comparison ..."
 	@$(BIN)/python -m pip install --quiet -e ".[test,parity]"
 	$(BIN)/python -m benchmarks.decode $(ARGS)
+
+bench-train: setup  ## installs torch, then measures a training update beside it
+	@echo "[setup] installing torch for the comparison ..."
+	@$(BIN)/python -m pip install --quiet -e ".[test,parity]"
+	$(BIN)/python -m benchmarks.train $(ARGS)
 
 lint: setup  ## ruff and pyright
 	@$(BIN)/python -m pip install --quiet -e ".[test,lint]"
