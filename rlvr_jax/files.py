@@ -23,6 +23,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Removes what killed processes had begun to write there with `atomic_path`; nobody else may be writing."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 1) -> None:
     """Writes `value` as JSON, atomically."""
     with atomic_path(path) as temporary:

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 from rich.console import Console
@@ -44,15 +44,16 @@ class Preemption(contextlib.AbstractContextManager):
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: Any = None
+        self._installed, self._before = False, None
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            self._before = signal.signal(signal.SIGTERM, self._note) or signal.SIG_DFL  # None: not set from Python
+            self._installed = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
+        if self._installed:
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, *_: object) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from rlvr_jax import sharding
 from rlvr_jax.sharding import ShardingRules, constrain, make_mesh
 
 

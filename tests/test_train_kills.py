@@ -19,6 +19,7 @@ from train.loop import run
 from train.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
+OTHER = {"rollout.max_response": 12}  # shapes of its own: other tests count what is compiled
 PHASES = ("rollout", "grade", "score", "update", "log", "save", "eval")
 # Runs the training program; kills itself a moment after the N-th time that a phase of a name begins.
 KILLED = """
@@ -69,8 +70,9 @@ def assert_same_run(one, other, step):
 def test_killed_at_twenty_one_random_moments(place):
     steps, seed = 10, 5
     rng, hit = random.Random(seed), collections.Counter()
-    train(place, place / "whole", steps=steps)
-    flags = arguments(place, place / "killed", steps=steps)
+    options = OTHER | {"steps": steps, "checkpoint.every": 3}
+    train(place, place / "whole", **options)
+    flags = arguments(place, place / "killed", **options)
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(place / "cache"), "PYTHONPATH": str(ROOT)}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     moments = [
@@ -85,7 +87,7 @@ def test_killed_at_twenty_one_random_moments(place):
         hit[phase] += done.returncode == -signal.SIGKILL
     print(f"killed: {dict(hit)}")
     assert sum(hit.values()) >= 20
-    train(place, place / "killed", steps=steps)
+    train(place, place / "killed", **options)
     assert_same_run(place / "whole", place / "killed", steps)
 
 
@@ -106,7 +108,7 @@ def asked_to_end(monkeypatch, phase, count):
 @pytest.mark.parametrize("one_step_off", [False, True])
 def test_asked_to_end_it_saves_and_goes_on_as_if_nothing_had_been(place, monkeypatch, capsys, one_step_off):
     # Checkpoints are rare, so that what SIGTERM saves is what the run goes on from.
-    options = {"steps": 3, "checkpoint.every": 0, "rollout.one_step_off": one_step_off}
+    options = OTHER | {"steps": 3, "checkpoint.every": 0, "rollout.one_step_off": one_step_off}
     folder = place / f"whole_{one_step_off}"
     records = train(place, folder, **options)
     sampled = [row["sampled_at"] for row in rows_of(folder / "rollouts" / "step_000003.jsonl")]
@@ -127,7 +129,7 @@ def test_asked_to_end_it_saves_and_goes_on_as_if_nothing_had_been(place, monkeyp
 
 
 def test_a_generation_batch_that_was_finished_is_not_decoded_again(place, monkeypatch):
-    flags = arguments(place, place / "spooled", steps=1)
+    flags = arguments(place, place / "spooled", **OTHER, steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(loop._Run, "_phase", ends_at("score"))
         with pytest.raises(Preempted):

@@ -29,6 +29,11 @@ class Ahead(contextlib.AbstractContextManager):
         self._over = True
         self._thread.shutdown(cancel_futures=True)
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a collection, or its result."""
+        return self._future is not None
+
     def begin(self, collect: Collect) -> None:
         """Begins a collection; `collect` gets a function to name its phases, which ends it when the run has ended."""
 

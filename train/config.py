@@ -53,7 +53,7 @@ class RolloutConfig:
     """Decode steps between two looks of the host."""
     one_step_off: bool = False
     """Collect the groups of the next trainer step, with the policy as it is, while this step updates it: its responses
-    are then one trainer step behind (`rollout_gap` and `algorithm.importance` are about that)."""
+    are then one trainer step behind (`rollout_gap` and `algorithm.importance` are about that). On one device only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,8 @@ class AlgorithmConfig:
     """Prompts (groups) an optimizer step."""
     micro_batches: int = 1
     """Parts of a mini-batch (and of its scoring) that pass through the model one after the other, were every response
-    of full length. Shorter ones are packed together, so that there are fewer parts, each of the same size."""
+    of full length. Shorter ones are packed together, so that there are fewer parts, each of the same size (hence 1 part
+    stays 1, however short they are)."""
     row_length: int | None = None
     """Tokens of a row into which responses are packed with their prompts; None: the longest prompt + max_response."""
 
@@ -184,7 +185,7 @@ class CheckpointConfig:
     """Newest checkpoints kept; None: all."""
     generated: bool = True
     """Keep graded generation batches in run_dir/generated until a checkpoint covers them: a killed run reads them
-    again instead of decoding them again."""
+    again instead of decoding them again. 8 bytes a response token on disk."""
     export_every: int = 0
     """Trainer steps between exports of a Hugging Face folder to run_dir/hf_step_N; 0: to run_dir/hf at the end only."""
     export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from rlvr_jax.files import atomic_path
 
+log = logging.getLogger(__name__)
 _ROWS = ("lengths", "finished", "correct", "score")  # arrays [n]
 _CELLS = ("tokens", "logp")  # arrays [n, longest]
 _TEXTS = ("predictions", "errors")
@@ -110,11 +112,15 @@ class Spool:
         """Writes generation batch `number`, sampled for `trainer_step`."""
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         plain, arrays = to_plain(groups)
         head = json.dumps({"run": self._run, "trainer_step": trainer_step, "groups": plain, "seconds": seconds})
-        with atomic_path(self._path(number)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, head=np.frombuffer(head.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self._path(number)) as temporary, open(temporary, "wb") as file:
+                np.savez(file, head=np.frombuffer(head.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+        except OSError as error:  # it saves time, no more
+            log.warning("%s: %s; generation batches are not kept any more", self._folder, error)
+            self._folder = None
 
     def load(self, number: int, trainer_step: int) -> tuple[list[Group], dict[str, float]] | None:
         """The groups and seconds of a batch that was sampled for this trainer step; None where there is none."""

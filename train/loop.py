@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from rlvr_jax.checkpoint import Checkpoints
-from rlvr_jax.files import write_json
+from rlvr_jax.files import remove_leftovers, write_json
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import Preempted, Preemption, RunError, config_dict, console
-from rlvr_jax.rewards.pool import GraderPool
+from rlvr_jax.rewards.pool import GraderPool, rule_version
 from train.ahead import Ahead, own_copy
 from train.bad_batch import STOP_AFTER, Skips, save_bad_batch
 from train.display import Display
@@ -64,6 +64,8 @@ class _Run:
             chunk=config.rollout.chunk,
             mesh=job.mesh,
         )
+        for name in (".", "generated", "rollouts", "eval"):
+            remove_leftovers(self.folder / name)
         write_json(self.folder / "config.json", config_dict(config))
         names, resume, reward = config.log.trackers, job.resume_from is not None, config.reward
         where = {"project": config.log.project, "run_name": config.log.name}
@@ -71,7 +73,10 @@ class _Run:
         self.pool = stack.enter_context(GraderPool(reward.workers, reward.timeout_s, reward.memory_mb))
         wanted = ("seed", "data", "rollout", "reward", "model", "algorithm", "optim", "data_sha256")
         files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in job.model_folder.glob("*.safetensors"))
-        made_for = {name: job.record[name] for name in wanted} | {"files": files}
+        made_for = {name: job.record[name] for name in wanted} | {
+            "files": files,
+            "rule": rule_version(config.reward.rule),
+        }
         self.spool = Spool(
             self.folder / "generated" if config.checkpoint.generated else None,
             config.rollout.n,
@@ -157,6 +162,7 @@ class _Run:
             collected = self.collector.collect(self._rollout_params(), self.trainer_steps, self._interruptible)
             self.counted = self.collector.counters
             return collected
+        self._phase("rollout, waited for")
         collected = self.ahead.take()
         if collected is None:
             collected = self.collector.collect(self._rollout_params(), self.trainer_steps, self._interruptible)
@@ -167,9 +173,8 @@ class _Run:
         return collected
 
     def _used_up(self) -> bool:
-        """Whether there is nothing left to train on."""
-        waiting = self.ahead is not None and self.ahead.wait() is not None
-        return self.collector.done and not waiting
+        """Whether there is nothing left to train on, as far as is known: a collection that goes on may give nothing."""
+        return (self.ahead is None or not self.ahead.begun) and self.collector.done
 
     def _interruptible(self, name: str) -> None:
         """A phase in which a run that is asked to end may do so at once, since the policy is that of the last step."""
@@ -182,7 +187,8 @@ class _Run:
         if self.trainer_steps and self.checkpoints.latest != self.trainer_steps:
             self._save()
         self.checkpoints.wait()
-        return f"asked to end (SIGTERM), saved after trainer step {self.trainer_steps}: the same command goes on"
+        saved = f"saved after trainer step {self.trainer_steps}" if self.trainer_steps else "no trainer step was made"
+        return f"asked to end (SIGTERM), {saved}: the same command goes on"
 
     def _phase(self, name: str) -> None:
         self.clock.phase(name)

@@ -94,6 +94,8 @@ def check(config: Config) -> Job:
             "rollout.max_response"
         )
     mesh = mesh_for(config.mesh, micro_rows(config), MICRO_ROWS)
+    if config.rollout.one_step_off and mesh.size > 1:  # two programs with collectives at once may wait for each other
+        raise ValueError(f"rollout.one_step_off on a mesh of {mesh.size} devices: expected one device")
     try_rule(config, train.problems)
     record = config_dict(config) | {
         "data_sha256": fingerprint(json.dumps([train.tokens, [p.answer for p in train.problems]]).encode())
@@ -171,6 +173,12 @@ def value_faults(config: Config) -> Iterator[str]:
     if algorithm.dynamic_sampling and rollout.n < 2:
         yield (
             f"rollout.n={rollout.n} with algorithm.dynamic_sampling: a group of one never varies, expected at least 2"
+        )
+    most = rollout.generation_batch * algorithm.max_generation_batches
+    if not low and algorithm.when_short == "error" and most < algorithm.train_batch:
+        yield (
+            f"rollout.generation_batch={rollout.generation_batch} x algorithm.max_generation_batches="
+            f"{algorithm.max_generation_batches}: never the {algorithm.train_batch} groups of algorithm.train_batch"
         )
     if not low and algorithm.train_batch % algorithm.mini_batch:
         yield (

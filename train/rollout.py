@@ -198,13 +198,14 @@ class Collector:
         rollout = self._config.rollout
         on_phase("rollout")
         start = time.monotonic()
-        with ThreadPoolExecutor(1) as grader:  # one part is graded while the next is decoded
-            graded: list[Future[list[Graded]]] = []
-            waiting = iter(chosen)
+        grader = ThreadPoolExecutor(1)  # one part is graded while the next is decoded
+        graded: list[Future[list[Graded]]] = []
+        waiting = iter(chosen)
 
-            def grade(part: list[Generation]) -> None:
-                graded.append(grader.submit(self._grade, [next(waiting) for _ in part], part))
+        def grade(part: list[Generation]) -> None:
+            graded.append(grader.submit(self._grade, [next(waiting) for _ in part], part))
 
+        try:
             generations = self._decoder(
                 params,
                 [self._prompts.tokens[i] for i in chosen],
@@ -222,6 +223,8 @@ class Collector:
             generated = time.monotonic()
             on_phase(f"grade {len(chosen) * rollout.n} responses")
             verdicts = iter([verdict for part in graded for verdict in part.result()])
+        finally:
+            grader.shutdown(wait=False, cancel_futures=True)  # who ends the run does not wait for verdicts
         groups = [
             _group(prompt, trainer_step, number, generation, [next(verdicts) for _ in range(rollout.n)])
             for prompt, generation in zip(chosen, generations, strict=True)

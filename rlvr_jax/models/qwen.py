@@ -143,13 +143,15 @@ class Qwen(nn.Module):
         if self.config.remat != "none":
             block = nn.remat(Block, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
         self.embed = declare("embed")
+        # Rematerialisation needs the loop: without it the compiler joins what is computed again with what was kept.
+        unrolled = self.config.remat == "none" and self.config.num_layers <= _UNROLLED
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.config.num_layers,
-            unroll=self.config.num_layers if self.config.num_layers <= _UNROLLED else 1,
+            unroll=self.config.num_layers if unrolled else 1,
         )(self.config)
         self.final_norm = declare("final_norm")
         if not self.config.tie_word_embeddings:

@@ -1,10 +1,15 @@
 """`GraderPool`: worker processes that grade text under a time and a memory limit (POSIX)."""
 
 import collections
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import threading
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from rlvr_jax.rewards import rules
@@ -58,6 +63,19 @@ class Graded(_Verdict):
     def reward(self) -> float:
         """The score; where the rule gives none, +1 if correct and -1 if not (DAPO, arXiv 2503.14476)."""
         return self.score if self.score is not None else 1.0 if self.correct else -1.0
+
+
+def rule_version(rule: str) -> str:
+    """What verdicts of a rule depend on: the versions of the libraries, or the file of a rule of one's own."""
+    module = rule.partition(":")[0] if ":" in rule else ""
+    spec = importlib.util.find_spec(module) if module else None
+    if spec is not None and spec.origin is not None:
+        return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    found = []
+    for name in ("rlvr_jax", "math-verify", "reasoning-gym"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
 
 
 _NOT_GRADED = Graded(False, None, "not graded")

@@ -162,6 +162,8 @@ def _peak_mb():
 
 
 def main():
+    # A scheduler may ask every process of a job to end: the main one decides, and a verdict in progress stays true.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Graders may print: the protocol moves to private descriptors and 0, 1, 2 lead nowhere.
     requests = os.fdopen(os.dup(0), "rb")
     verdicts = os.fdopen(os.dup(1), "wb")
