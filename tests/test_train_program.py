@@ -102,6 +102,7 @@ def whole(place):
     def count(event, duration, **_):
         compiled[0] += event == COMPILE
 
+    jax.clear_caches()  # of what other tests of this process compiled
     jax.monitoring.register_event_duration_secs_listener(count)
     write = MetricLog.write
 
