@@ -196,8 +196,11 @@ def attention(
     q_BKGTH = jnp.transpose(q_BTKGH, (0, 2, 3, 1, 4))
     scores = attention_scores(q_BKGTH, jnp.asarray(k_BKSH))
     scores = jnp.where(mask_BTS[:, None, None], scores * (head_dim**-0.5), _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
-    out_BKGTH = einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)
+    # Divided after the product with v: forward and backward, the sum then costs passes over [T, H] and not [T, S].
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out_BKGTH = einsum("BKGTS,BKSH->BKGTH", weights.astype(q_BTNH.dtype), v_BKSH, jnp.float32) / total
+    out_BKGTH = out_BKGTH.astype(q_BTNH.dtype)
     return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4)).reshape(q_BTNH.shape)
 
 
