@@ -62,10 +62,9 @@ def arguments(place, run_dir, **changes):
     } | {name.replace("__", "."): value for name, value in changes.items()}
     flags = []
     for name, value in values.items():
-        group, _, last = name.replace("_", "-").rpartition(".")
-        prefix = f"--{group}." if group else "--"
-        switch = {False: [f"{prefix}no-{last}"], True: [f"{prefix}{last}"]}
-        flags += switch[value] if isinstance(value, bool) else [f"{prefix}{last}", str(value)]
+        group, dot, last = name.replace("_", "-").rpartition(".")
+        said = [] if isinstance(value, bool) else [str(value)]
+        flags += [f"--{group}{dot}{'no-' if value is False else ''}{last}", *said]
     return flags
 
 
