@@ -152,7 +152,7 @@ def test_the_end_of_the_data_gives_a_last_partly_filled_batch_then_none():
 def test_state_round_trip_continues_identically():
     one, _ = collector(generation_batch=PROMPTS, train_batch=2)
     collect(one, 0)
-    plain, arrays = one.get_state()
+    plain, arrays = one.snapshot().state()
     assert len(plain["carried"]) == 5
     other, _ = collector(generation_batch=PROMPTS, train_batch=2)
     other.set_state(plain, arrays)
@@ -162,7 +162,7 @@ def test_state_round_trip_continues_identically():
         assert all(same(x, y) for x, y in zip(a.groups, b.groups, strict=True))
     assert one.generation_batches == other.generation_batches
     empty, _ = collector()
-    assert empty.get_state()[1] == {}
+    assert empty.snapshot().state()[1] == {}
 
 
 def test_graded_rewards_are_the_scores_and_decide_what_is_kept():
@@ -193,7 +193,7 @@ def test_scores_of_two_right_answers_may_differ():
 def test_the_checkpoint_carries_scores_and_errors():
     one, _ = collector(generation_batch=PROMPTS, train_batch=2, pool=ScoringPool())
     collect(one, 0)
-    plain, arrays = one.get_state()
+    plain, arrays = one.snapshot().state()
     other, _ = collector(generation_batch=PROMPTS, train_batch=2, pool=ScoringPool())
     other.set_state(json.loads(json.dumps(plain)), arrays)
     a, b = collect(one, 1), collect(other, 1)
@@ -205,7 +205,7 @@ def test_the_checkpoint_carries_scores_and_errors():
 def test_a_checkpoint_from_before_there_were_scores():
     one, _ = collector(generation_batch=PROMPTS, train_batch=2)
     collect(one, 0)
-    plain, arrays = one.get_state()
+    plain, arrays = one.snapshot().state()
     plain["carried"] = [{k: v for k, v in group.items() if k != "errors"} for group in plain["carried"]]
     other, _ = collector(generation_batch=PROMPTS, train_batch=2)
     other.set_state(plain, {name: x for name, x in arrays.items() if name != "score"})

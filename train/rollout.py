@@ -246,10 +246,6 @@ class Collector:
         """Where the collector is now."""
         return Position(self._batches.get_state(), self._batches.drawn, tuple(self._carried))
 
-    def get_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """The state of `snapshot`."""
-        return self.snapshot().state()
-
     def set_state(self, plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Goes on exactly where the state was taken."""
         self._batches.set_state(plain["data"])
