@@ -1,0 +1,183 @@
+"""What a compiled program takes a chip: memory, FLOPs, collectives, and an estimate of its time from these.
+
+The time is never measured: the compiler's own cycles of the fusions, the FLOPs of the kernels at a stated share of the
+chip's peak, and the bytes of the collectives at the links' rate. Nothing here runs anything.
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from typing import Any
+
+from jax.sharding import Mesh
+
+from rlvr_jax.planning import hlo
+from rlvr_jax.planning.chips import Chip
+from rlvr_jax.planning.collectives import Collective, collective, kind_of
+from rlvr_jax.planning.flops import dot_flops, kernel
+from rlvr_jax.planning.interconnect import Interconnect
+
+# Share of the peak FLOP/s that attention kernels are taken to reach: an assumption, not a measurement.
+KERNEL_EFFICIENCY = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes a chip, by the compiler's account.
+
+    Attributes:
+      argument: of the arguments. alias: of those whose memory the results take over. output: of the results.
+      temporary: of everything in between. peak: the most at any time, arguments included.
+    """
+
+    argument: int
+    output: int
+    alias: int
+    temporary: int
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Instructions that come from one Python operation, summed over their executions: what they take a chip."""
+
+    op_name: str
+    kind: str
+    times: int
+    flops: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelUse:
+    """Executions of a kernel: FLOPs and bytes of all of them; `known` False where its FLOPs are not counted."""
+
+    name: str
+    times: int
+    flops: float
+    size: int
+    known: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """A program on one chip of a mesh, everything weighted by how often it runs.
+
+    Attributes:
+      memory: the compiler's account.
+      dot_flops: of matrix products and convolutions. kernels: those that XLA does not see into.
+      fusion_s: the compiler's estimate of everything but kernels and collectives; 0 where it gives none (CUDA).
+      kernel_s: FLOPs of the kernels at `KERNEL_EFFICIENCY` of the peak, or their bytes at the memory's bandwidth.
+      collective_s: bytes of the collectives at the links' rate, one after the other.
+      collectives: each instruction.
+      parts: the largest by estimated time, of fusions and matrix products.
+      unknown_loops: loops whose trip count the program does not tell; one trip was counted.
+    """
+
+    memory: Memory
+    dot_flops: float
+    kernels: tuple[KernelUse, ...]
+    fusion_s: float
+    kernel_s: float
+    collective_s: float
+    hidden_s: float
+    collectives: tuple[Collective, ...]
+    parts: tuple[Part, ...]
+    unknown_loops: tuple[str, ...]
+
+    @property
+    def flops(self) -> float:
+        """FLOPs a chip, kernels included."""
+        return self.dot_flops + sum(kernel.flops for kernel in self.kernels)
+
+    @property
+    def seconds(self) -> float:
+        """The estimate: fusions, then kernels, then collectives, nothing at the same time as anything else."""
+        return self.fusion_s + self.kernel_s + self.collective_s
+
+    def by_axis(self) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
+        """(kind, axes) -> (executions, bytes that a chip sends) of the collectives."""
+        table: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+        for x in self.collectives:
+            times, size = table[x.kind, x.axes]
+            table[x.kind, x.axes] = (times + x.times, size + x.bytes)
+        return dict(table)
+
+
+def account(compiled: Any, mesh: Mesh, chip: Chip, *, unknown_trips: int = 1, largest: int = 12) -> Account:
+    """Accounts for `jit(f).lower(...).compile()` on a mesh of `chip`s.
+
+    Args:
+      compiled: the compiled program, for a topology's description or for devices that are there.
+      mesh: the mesh that it was compiled for.
+      chip: what its devices are.
+      unknown_trips: executions of a loop whose trip count depends on data.
+      largest: how many `parts` are kept.
+    """
+    memory = compiled.memory_analysis()
+    sizes = Memory(
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.peak_memory_in_bytes,
+    )
+    return account_text(compiled.as_text() or "", sizes, mesh, chip, unknown_trips=unknown_trips, largest=largest)
+
+
+def account_text(
+    text: str, memory: Memory, mesh: Mesh, chip: Chip, *, unknown_trips: int = 1, largest: int = 12
+) -> Account:
+    """As `account`, from the program's text."""
+    module = hlo.parse(text)
+    uses, unknown = module.uses(unknown_trips)
+    shape = dict(mesh.shape)
+    flops = cycles = 0.0
+    found: dict[str, Collective] = {}
+    kernels: dict[str, KernelUse] = {}
+    parts: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for name, use in uses.items():
+        for x in module.computations[name].values():
+            if x.opcode in ("dot", "convolution"):
+                once = dot_flops(module, name, x)
+                flops += once * use.times
+                parts[x.op_name, ""][1] += once * use.times
+            elif kind_of(x):
+                made = collective(module, name, x, use.times, use.fused, shape)
+                found.setdefault(_channel(x), made)
+            elif x.opcode == "custom-call" and (one := kernel(module, name, x)):
+                before = kernels.get(one.name, KernelUse(one.name, 0, 0.0, 0, one.known))
+                kernels[one.name] = dataclasses.replace(
+                    before,
+                    times=before.times + use.times,
+                    flops=before.flops + one.flops * use.times,
+                    size=before.size + one.size * use.times,
+                )
+            if not use.fused and x.cycles:
+                cycles += x.cycles * use.times
+                part = parts[x.op_name, ""]
+                part[0], part[2] = part[0] + use.times, part[2] + x.cycles * use.times
+    interconnect = Interconnect.of(mesh, chip)
+    times = {key: interconnect.seconds(x) for key, x in found.items()}
+    clock = chip.clock or float("inf")
+    every = [Part(op, kind, int(n), f, c / clock) for (op, kind), (n, f, c) in parts.items()]
+    return Account(
+        memory=memory,
+        dot_flops=flops,
+        kernels=tuple(kernels.values()),
+        fusion_s=float(cycles / clock),
+        kernel_s=math.fsum(
+            max(x.flops / (KERNEL_EFFICIENCY * chip.flops), x.size / chip.bandwidth) for x in kernels.values()
+        ),
+        collective_s=math.fsum(times.values()),
+        hidden_s=math.fsum(times[key] for key, x in found.items() if x.overlapped),
+        collectives=tuple(found.values()),
+        parts=tuple(sorted(every, key=lambda part: (-part.seconds, -part.flops))[:largest]),
+        unknown_loops=tuple(unknown),
+    )
+
+
+def _channel(x: hlo.Instruction) -> str:
+    """What tells collectives apart: parts of one that is spread over several fusions have one channel."""
+    at = x.rest.find("channel_id=")
+    return x.rest[at : x.rest.find(",", at)] if at >= 0 else x.name
