@@ -103,7 +103,7 @@ def test_account_by_hand():
     got = account_text(TEXT, Memory(0, 0, 0, 0, 0), make_mesh(data=2, fsdp=1, tensor=4), CHIPS["v5p"])
     assert got.dot_flops == 5 * 2 * 8 * 16 * 4
     assert got.fusion_s == pytest.approx(5 * 1000 / 1.75e9)
-    by_axis = got.by_axis()
+    by_axis = {key: value[:2] for key, value in got.by_axis().items()}
     assert by_axis["all-gather", ("tensor",)] == (5, 5 * 8 * 4 * 4 * 3)  # three times its own 8 x 4 floats
     assert by_axis["all-reduce", ("data",)] == (5, 5 * 8 * 16 * 4)  # 2 (n - 1) / n = 1 times the array
     assert by_axis["collective-permute", ("data",)] == (15, 15 * 8 * 16 * 4)

@@ -10,19 +10,11 @@ from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.rewards.overlong import overlong_penalty
 from rlvr_jax.sharding import ShardingRules
-from rlvr_jax.training import TrainState, adamw, make_accumulating_step, warmup_constant, with_learning_rate
+from rlvr_jax.training import TrainState, warmup_constant, with_learning_rate
 from train.config import Config
-from train.dapo import (
-    advantages,
-    gap_metrics,
-    importance,
-    importance_metrics,
-    make_loss,
-    make_scorer,
-    model_apply,
-    scalars,
-)
+from train.dapo import advantages, gap_metrics, importance, importance_metrics, scalars
 from train.packed import PackedRows
+from train.programs import loss_inputs, make_optimizer, make_programs, row_length
 from train.rollout import Group
 from train.step_metrics import at_ratio_one, token_metrics
 
@@ -93,25 +85,17 @@ class Trainer:
     ):
         self._config, self._prompts = config, prompts
         self._reference = reference
-        optim, algorithm, chunk = config.optim, config.algorithm, config.model.logprob_chunk
+        algorithm = config.algorithm
         if reference is None and algorithm.needs_reference:
             raise ValueError("reference=None: the configuration's masks or its KL penalty compare with the base model")
-        optimizer = adamw(
-            b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, clip_norm=optim.clip_norm
-        )
+        optimizer = make_optimizer(config.optim)
         self.state = TrainState.create(params, optimizer)
-        apply = model_apply(model_config)
-        self._score = make_scorer(apply, chunk=chunk)
-        self._step = make_accumulating_step(
-            apply,
-            optimizer,
-            make_loss(algorithm, chunk=chunk, max_response=config.rollout.max_response),
-            shardings=jax.tree.map(lambda x: x.sharding, self.state),
-        )
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        self._score, self._step = make_programs(config, model_config, optimizer, shardings)
         self._mesh = jax.tree.leaves(self.state.params)[0].sharding.mesh
         self._key = jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1)  # no row of a decode has this problem id
         self._mini_rows = algorithm.mini_batch * config.rollout.n
-        self._row_length = algorithm.row_length or prompt_length + config.rollout.max_response
+        self._row_length = row_length(config, prompt_length)
 
     @property
     def optimizer_steps(self) -> int:
@@ -157,6 +141,7 @@ class Trainer:
             arrays["importance_BT"] = self._importance(rows, old_logp_NR)
         if config.algorithm.loss == "gspo":
             arrays["response_BT"] = rows.response_NR
+        arrays = {name: arrays[name] for name in loss_inputs(config.algorithm)}
         made = []
         for number, part in enumerate(packed):
             made.append(self._update(number, part, arrays))

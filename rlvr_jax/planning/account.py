@@ -69,7 +69,8 @@ class Account:
       fusion_s: the compiler's estimate of everything but kernels and collectives; 0 where it gives none (CUDA).
       kernel_s: FLOPs of the kernels at `KERNEL_EFFICIENCY` of the peak, or their bytes at the memory's bandwidth.
       collective_s: bytes of the collectives at the links' rate, one after the other.
-      collectives: each instruction.
+      hidden_s: of those, what is started and waited for apart, so that other work may run meanwhile.
+      collectives, collective_each_s: each instruction, and the estimate of all its executions.
       parts: the largest by estimated time, of fusions and matrix products.
       unknown_loops: loops whose trip count the program does not tell; one trip was counted.
     """
@@ -82,6 +83,7 @@ class Account:
     collective_s: float
     hidden_s: float
     collectives: tuple[Collective, ...]
+    collective_each_s: tuple[float, ...]
     parts: tuple[Part, ...]
     unknown_loops: tuple[str, ...]
 
@@ -95,12 +97,12 @@ class Account:
         """The estimate: fusions, then kernels, then collectives, nothing at the same time as anything else."""
         return self.fusion_s + self.kernel_s + self.collective_s
 
-    def by_axis(self) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
-        """(kind, axes) -> (executions, bytes that a chip sends) of the collectives."""
-        table: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
-        for x in self.collectives:
-            times, size = table[x.kind, x.axes]
-            table[x.kind, x.axes] = (times + x.times, size + x.bytes)
+    def by_axis(self) -> dict[tuple[str, tuple[str, ...]], tuple[int, float, float]]:
+        """(kind, axes) -> (executions, bytes that a chip sends, seconds) of the collectives."""
+        table: dict[tuple[str, tuple[str, ...]], tuple[int, float, float]] = defaultdict(lambda: (0, 0.0, 0.0))
+        for x, seconds in zip(self.collectives, self.collective_each_s, strict=True):
+            times, size, before = table[x.kind, x.axes]
+            table[x.kind, x.axes] = (times + x.times, size + x.bytes, before + seconds)
         return dict(table)
 
 
@@ -172,6 +174,7 @@ def account_text(
         collective_s=math.fsum(times.values()),
         hidden_s=math.fsum(times[key] for key, x in found.items() if x.overlapped),
         collectives=tuple(found.values()),
+        collective_each_s=tuple(times[key] for key in found),
         parts=tuple(sorted(every, key=lambda part: (-part.seconds, -part.flops))[:largest]),
         unknown_loops=tuple(unknown),
     )

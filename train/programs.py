@@ -1,0 +1,69 @@
+"""The compiled programs of a run and the shapes they are called with: what the trainer runs, `--plan` compiles."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.training import AccumulatingStep, TrainState, adamw, make_accumulating_step
+from train.config import AlgorithmConfig, Config, OptimConfig
+from train.dapo import make_loss, make_scorer, model_apply
+
+
+class Programs(NamedTuple):
+    """Compiled functions: `dapo.make_scorer`'s and `training.make_accumulating_step`'s."""
+
+    score: Callable[..., tuple[jax.Array, jax.Array]]
+    step: AccumulatingStep
+
+
+def make_optimizer(optim: OptimConfig) -> optax.GradientTransformation:
+    """Gradient clip and AdamW, as configured."""
+    return adamw(b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, clip_norm=optim.clip_norm)
+
+
+def make_programs(
+    config: Config, model_config: QwenConfig, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> Programs:
+    """The programs that score and update a policy whose state lies as `shardings` says."""
+    apply, chunk = model_apply(model_config), config.model.logprob_chunk
+    loss = make_loss(config.algorithm, chunk=chunk, max_response=config.rollout.max_response)
+    return Programs(
+        make_scorer(apply, chunk=chunk), make_accumulating_step(apply, optimizer, loss, shardings=shardings)
+    )
+
+
+def row_length(config: Config, prompt_length: int) -> int:
+    """Tokens of the rows into which responses are packed, for prompts of up to `prompt_length` tokens."""
+    return config.algorithm.row_length or prompt_length + config.rollout.max_response
+
+
+def loss_inputs(algorithm: AlgorithmConfig) -> tuple[str, ...]:
+    """Names of the per-token arrays in a batch of `dapo.make_loss`, in the trainer's order."""
+    names = ["old_logp_BT", "advantages_BT", "loss_mask_BT", "reweight_mask_BT"]
+    if algorithm.kl_coef:
+        names.append("ref_logp_BT")
+    if algorithm.importance != "none":
+        names.append("importance_BT")
+    if algorithm.loss == "gspo":
+        names.append("response_BT")
+    return tuple(names)
+
+
+def placed_like_params(optimizer: optax.GradientTransformation, params: Any, other: Any) -> TrainState:
+    """Shapes of the train state of placed `params` (shapes too): moments lie as they do, the rest as `other`."""
+    shapes = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+
+    def beside(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=other)
+
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
+        shapes.opt_state,
+        params,
+        transform_non_params=beside,
+    )
+    return TrainState(step=beside(shapes.step), params=params, opt_state=moments)
