@@ -50,12 +50,12 @@ test: setup tpu-compiler  ## the default checks (no torch needed)
 	$(PYTEST) -n $(JOBS) -m "not slow and not parity" $(ARGS)
 
 test-slow: setup  ## the long checks
-	$(PYTEST) -n $(JOBS) -m "slow and not parity" $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -n $(JOBS) -m "slow and not parity" $(ARGS)
 
 test-parity: setup  ## installs torch, then compares live with transformers
 	@echo "[setup] installing torch for the live comparison ..."
 	@$(BIN)/python -m pip install --quiet -e ".[test,parity]"
-	$(PYTEST) -m parity $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m parity $(ARGS)
 
 bench-decode: setup  ## installs torch, then measures decoding beside its peers
 	@echo "[setup] installing torch for the comparison ..."

@@ -24,7 +24,7 @@ from benchmarks.worker import Worker, WorkerError
 from rlvr_jax.files import write_json
 from rlvr_jax.program import RunError, run_program
 
-OURS, TORCH = "ours", "torch fp32"
+OURS, TORCH, TUNIX = "ours", "torch fp32", "tunix"
 _TABLE = Console(width=160)
 
 
@@ -32,7 +32,13 @@ _TABLE = Console(width=160)
 class Bench:
     """Training updates beside their peers."""
 
-    sides: tuple[Literal["ours", "torch fp32", "torch bf16"], ...] = ("ours", "torch fp32", "torch bf16")
+    sides: tuple[Literal["ours", "torch fp32", "torch bf16", "tunix"], ...] = (
+        "ours",
+        "torch fp32",
+        "torch bf16",
+        "tunix",
+    )
+    """Sides; tunix needs --tunix-python, else its recorded figure is used."""
     repeats: int = 5
     """Timed runs."""
     micro_rows: int = 4
@@ -47,6 +53,8 @@ class Bench:
     """Folder of the random checkpoint, made once; that of `benchmarks.decode`."""
     torch_python: str = sys.executable
     """Interpreter that has torch and transformers."""
+    tunix_python: str | None = None
+    """Interpreter that has google-tunix."""
     out: str | None = None
     """JSON file for all figures."""
 
@@ -78,15 +86,18 @@ def run(bench: Bench) -> None:
 
 def measure(bench: Bench, folder: str) -> tuple[dict[str, dict[str, list[dict]]], float]:
     """Replies of every side and kind of sequences, in turns; seconds of jax's products of one update alone."""
-    kinds, replies = ("full", "mix"), {side: {} for side in bench.sides}
+    sides = [side for side in bench.sides if side != TUNIX or bench.tunix_python is not None]
+    kinds, replies = ("full", "mix"), {side: {} for side in sides}
     products: list[float] = []
     with ExitStack() as stack:
         workers = {}
-        for side in bench.sides:
+        for side in sides:
             say(f"starting {side}")
             if side == OURS:
                 hello = {"remat": bench.remat, "chunk": bench.chunk, "micro_rows": bench.micro_rows}
                 module, python = "benchmarks.train_ours", sys.executable
+            elif side == TUNIX:
+                hello, module, python = {}, "benchmarks.train_tunix", str(bench.tunix_python)
             else:
                 hello = {"dtype": "float32" if side == TORCH else "bfloat16"}
                 module, python = "benchmarks.train_torch", bench.torch_python
@@ -125,7 +136,11 @@ def bars(replies: dict[str, Any], products: float) -> list[tuple[str, float, str
         ("share of the rate of jax's own products", products / full, f"at least {cases.BAR_PRODUCTS:g}",
          products / full >= cases.BAR_PRODUCTS)
     )  # fmt: skip
-    at_most("time of tunix's step (recorded elsewhere)", full / cases.RECORDED["tunix DAPO step"], cases.BAR_TUNIX)
+    if TUNIX in replies:
+        at_most("time of tunix's DAPO step", full / seconds(replies, TUNIX, "full"), cases.BAR_TUNIX)
+        at_most("time of tunix's DAPO step, length mix", mix / seconds(replies, TUNIX, "mix"), cases.BAR_TUNIX)
+    else:
+        at_most("time of tunix's step (recorded elsewhere)", full / cases.RECORDED["tunix DAPO step"], cases.BAR_TUNIX)
     at_most("padding of the mix", replies[OURS]["mix"][-1]["padding_share"], cases.BAR_PADDING)
     if TORCH in replies:
         at_most("time of torch fp32, full length", full / seconds(replies, TORCH, "full"), cases.BAR_TORCH)

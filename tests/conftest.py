@@ -1,10 +1,18 @@
-"""Shared test set-up: 8 simulated CPU devices and run-time checked annotations."""
+"""Shared test set-up: 8 simulated CPU devices, programs compiled quickly, run-time checked annotations."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling is most of what the tests take, and half of that is LLVM's optimisation of loops that run for microseconds.
+# Said in the environment, for the programs that tests start too. The long checks optimise: see the Makefile.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 from jaxtyping import install_import_hook
 
 install_import_hook("rlvr_jax", "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items):
+    """Whole runs first: the tests that share one then go to one worker, and short tests fill up the end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_train_"))

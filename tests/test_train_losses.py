@@ -15,14 +15,6 @@ from train.dapo import make_loss, scalars
 T, V, D, B = 0.7, 11, 5, 6
 
 
-@pytest.fixture(autouse=True)
-def _quickly():
-    """Compiling is most of what these tests take."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def apply(params, tokens_BT, positions_BT, mask_BT):
     """A bigram model: its hidden state is the token's embedding."""
     return params["embed"][tokens_BT], params["unembed"]

@@ -39,12 +39,9 @@ def one_device(*_):
 
 
 @pytest.fixture(autouse=True)
-def _quickly(monkeypatch):
-    """One device and little optimisation: compiling is most of what these tests take."""
+def _one_device(monkeypatch):
+    """Compiling is most of what these tests take."""
     monkeypatch.setattr("train.prepare.make_mesh", one_device)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def problems(count):
