@@ -1,8 +1,7 @@
 """tunix as a peer of `benchmarks.train`: its DAPO learner's loss in its own jitted trainer step; needs google-tunix.
 
 The model, the loss, the optimizer's wrapper and the step are tunix's. Rollout, rewards and progress bars are left out:
-a step gets the same sequences, advantages and old log-probabilities as the other sides. tunix's advantages are one
-number a sequence, so they are not re-weighted by token, which costs the other sides next to nothing.
+a step gets the same sequences, weighted advantages and old log-probabilities as the other sides, in one batch.
 """
 
 import dataclasses
@@ -84,14 +83,15 @@ def start(hello: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
             prompt_mask=jnp.ones((cases.ROWS, cases.PROMPT), bool),
             completion_ids=jnp.asarray(made.tokens[:, cases.PROMPT : cases.PROMPT + longest]),
             completion_mask=jnp.asarray(ends),
-            advantages=jnp.asarray(made.advantages),
+            advantages=jnp.zeros(ends.shape),
             ref_per_token_logps=None,
             old_per_token_logps=None,
         )
         old = common.compute_per_token_logps(
             *nnx.split(model), example.prompt_ids, example.completion_ids, pad_id=_PAD, eos_id=_EOS
         )
-        return dataclasses.replace(example, old_per_token_logps=old)
+        weighted = made.advantages[:, None] * (1 + cases.ALPHA * (1 - jnp.exp(old)))
+        return dataclasses.replace(example, old_per_token_logps=old, advantages=weighted)
 
     def update(kind: str) -> dict[str, Any]:
         nonlocal baseline
