@@ -120,6 +120,32 @@ def test_known_and_unknown_trip_counts():
     assert uses["%inner_body"].times == 4
 
 
+def test_loop_that_may_end_earlier_counts_to_its_end():
+    early = TEXT.replace(
+        "  ROOT %less.1 = pred[] compare(%i.1, %three), direction=LT",
+        "  %less.1 = pred[] compare(%i.1, %three), direction=LT\n"
+        "  %go.1 = pred[] custom-call(%p.1)\n"
+        "  ROOT %and.1 = pred[] and(%go.1, %less.1)",
+    )
+    uses, unknown = hlo.parse(early).uses()
+    assert not unknown
+    assert uses["%inner_body"].times == 15
+
+
+def test_one_branch_of_a_conditional():
+    call = (
+        "  %loop.2 = (s32[], f32[8,16]{1,0}) conditional(%i.2, %t.2, %t.2), branch_computations={%small, %inner_body}"
+    )
+    text = "\n".join(call if line.startswith("  %loop.2 =") else line for line in TEXT.splitlines())
+    small = "%small (p.9: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {\n  ROOT %p.9 = (s32[]) parameter(0)\n}\n\n"
+    text = text.replace("%sum (a", small + "%sum (a")
+    assert "%small" not in hlo.parse(text).uses()[0]
+    assert hlo.parse(text).uses()[0]["%inner_body"].times == 5
+    smallest = hlo.parse(text).uses(smallest_branch=True)[0]
+    assert smallest["%small"].times == 5
+    assert "%inner_body" not in smallest
+
+
 @pytest.mark.parametrize(
     ("attributes", "expected"),
     [

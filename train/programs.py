@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from rlvr_jax.models.config import QwenConfig
@@ -53,8 +54,7 @@ def loss_inputs(algorithm: AlgorithmConfig) -> tuple[str, ...]:
 
 
 def placed_like_params(optimizer: optax.GradientTransformation, params: Any, other: Any) -> TrainState:
-    """Shapes of the train state of placed `params` (shapes too): moments lie as they do, the rest as `other`."""
-    shapes = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+    """Shapes of `TrainState.create` of placed `params` (shapes too): moments lie as they do, the rest as `other`."""
 
     def beside(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=other)
@@ -62,8 +62,9 @@ def placed_like_params(optimizer: optax.GradientTransformation, params: Any, oth
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
-        shapes.opt_state,
+        jax.eval_shape(optimizer.init, params),
         params,
         transform_non_params=beside,
     )
-    return TrainState(step=beside(shapes.step), params=params, opt_state=moments)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(step=beside(step), params=params, opt_state=moments)

@@ -106,7 +106,9 @@ class Account:
         return dict(table)
 
 
-def account(compiled: Any, mesh: Mesh, chip: Chip, *, unknown_trips: int = 1, largest: int = 12) -> Account:
+def account(
+    compiled: Any, mesh: Mesh, chip: Chip, *, unknown_trips: int = 1, smallest_branch: bool = False, largest: int = 12
+) -> Account:
     """Accounts for `jit(f).lower(...).compile()` on a mesh of `chip`s.
 
     Args:
@@ -114,6 +116,7 @@ def account(compiled: Any, mesh: Mesh, chip: Chip, *, unknown_trips: int = 1, la
       mesh: the mesh that it was compiled for.
       chip: what its devices are.
       unknown_trips: executions of a loop whose trip count depends on data.
+      smallest_branch: of a conditional the smallest branch runs, not the largest.
       largest: how many `parts` are kept.
     """
     memory = compiled.memory_analysis()
@@ -124,15 +127,30 @@ def account(compiled: Any, mesh: Mesh, chip: Chip, *, unknown_trips: int = 1, la
         memory.temp_size_in_bytes,
         memory.peak_memory_in_bytes,
     )
-    return account_text(compiled.as_text() or "", sizes, mesh, chip, unknown_trips=unknown_trips, largest=largest)
+    return account_text(
+        compiled.as_text() or "",
+        sizes,
+        mesh,
+        chip,
+        unknown_trips=unknown_trips,
+        smallest_branch=smallest_branch,
+        largest=largest,
+    )
 
 
 def account_text(
-    text: str, memory: Memory, mesh: Mesh, chip: Chip, *, unknown_trips: int = 1, largest: int = 12
+    text: str,
+    memory: Memory,
+    mesh: Mesh,
+    chip: Chip,
+    *,
+    unknown_trips: int = 1,
+    smallest_branch: bool = False,
+    largest: int = 12,
 ) -> Account:
     """As `account`, from the program's text."""
     module = hlo.parse(text)
-    uses, unknown = module.uses(unknown_trips)
+    uses, unknown = module.uses(unknown_trips, smallest_branch=smallest_branch)
     shape = dict(mesh.shape)
     flops = cycles = 0.0
     found: dict[str, Collective] = {}

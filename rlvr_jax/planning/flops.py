@@ -21,6 +21,7 @@ _FLOATS = ("bf16", "f16", "f32", "f8")
 _NOTHING = (
     *("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "annotate_device_placement", "MoveToHost"),
     *("MoveToDevice", "LayoutConstraint", "SPMDFullToShardShape", "SPMDShardToFullShape", "ConcatBitcast"),
+    *("ZeroCrop", "GatherScatterIndicesBitpacked"),
 )
 
 

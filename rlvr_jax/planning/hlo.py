@@ -112,11 +112,13 @@ class Module:
         inside = self.computations[computation]
         return [inside[name].shapes for name in instruction.operands if name in inside]
 
-    def uses(self, unknown_trips: int = 1) -> tuple[dict[str, Use], list[str]]:
+    def uses(self, unknown_trips: int = 1, *, smallest_branch: bool = False) -> tuple[dict[str, Use], list[str]]:
         """How often each computation runs, and the loops whose trip count nobody knows (`unknown_trips` is taken).
 
-        Of the branches of a conditional only the one with the largest estimate (else the most instructions) counts.
+        Of the branches of a conditional only the one with the largest estimate (else the most instructions) counts; or
+        the smallest.
         """
+        choose = min if smallest_branch else max
         times: dict[str, int] = defaultdict(int, {self.entry: 1})
         fused, unknown = set(self.fused), []
         for name in reversed(self.computations):
@@ -133,7 +135,7 @@ class Module:
                         factor = unknown_trips
                 targets = [target for _, target in called(x)]
                 if x.opcode == "conditional":
-                    targets = [max(targets, key=self._weight)]
+                    targets = [choose(targets, key=self._weight)]
                 for target in targets:
                     times[target] += times[name] * factor
                     if name in fused:
@@ -193,12 +195,20 @@ def called(instruction: Instruction) -> Iterator[tuple[str, str]]:
 
 
 def trip_count(module: Module, computation: str, loop: Instruction) -> int | None:
-    """How often the body of a `while` runs: as the compiler notes it, else from the counter in its condition."""
+    """How often the body of a `while` runs, at most: as the compiler notes it, else from the counter in its condition.
+
+    A condition may end the loop earlier (`i < n and ...`).
+    """
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     roles = dict(called(loop))
     condition, body = (module.computations[roles[role]] for role in ("condition", "body"))
     root = _root(condition)
+    while root.opcode == "and":
+        sides = (condition[name] for name in root.operands)
+        root = next((x for x in sides if x.opcode == "and" or (x.opcode == "compare" and _bounded(condition, x))), None)
+        if root is None:
+            return None
     if root.opcode == "fusion":  # the comparison alone in a fusion, whose operands are its parameters in order
         inner = _root(module.computations[dict(called(root))["calls"]])
         order = [int(_parameter_number(module.computations[dict(called(root))["calls"]], x)) for x in inner.operands]
@@ -215,6 +225,12 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int | Non
     begin = None if first is None else _constant(module.computations[computation], first)
     step = _step(body, index)
     return max(0, -(-(bound + (direction[1] == "LE") - (begin or 0)) // (step or 1)))
+
+
+def _bounded(computation: Computation, compare: Instruction) -> bool:
+    """Whether a comparison is that of a counter with a constant."""
+    counter, bound = compare.operands
+    return _tuple_index(computation, counter) is not None and _constant(computation, bound) is not None
 
 
 def _step(body: Computation, index: int) -> int | None:

@@ -14,6 +14,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -122,7 +123,9 @@ def compile_program(
     ideal_bytes: float = 0.0,
     ideal_collectives: Mapping[str, float] | None = None,
     unknown_trips: int = 1,
+    smallest_branch: bool = False,
     compiler_options: Mapping[str, Any] | None = None,
+    text_to: Path | None = None,
 ) -> ProgramAccount:
     """Lowers, compiles and accounts for one program.
 
@@ -136,13 +139,18 @@ def compile_program(
       ideal_bytes: bytes a chip that must be read at least.
       ideal_collectives: bytes that a chip must send, by mesh axis.
       unknown_trips: executions of loops whose trip count depends on data.
+      smallest_branch: of a conditional the smallest branch runs, not the largest.
       compiler_options: of `.compile`.
+      text_to: a folder that gets the compiled program as NAME.txt.
     """
     with jax.set_mesh(mesh):
         began = time.perf_counter()
         compiled = lower().compile(compiler_options=dict(compiler_options or {}) or None)
         took = time.perf_counter() - began
-    got = account(compiled, mesh, chip, unknown_trips=unknown_trips)
+    if text_to is not None:
+        text_to.mkdir(parents=True, exist_ok=True)
+        (text_to / f"{name}.txt").write_text(compiled.as_text() or "")
+    got = account(compiled, mesh, chip, unknown_trips=unknown_trips, smallest_branch=smallest_branch)
     arguments = {kind: bytes_a_chip(tree) for kind, tree in (holds or {}).items()}
     beside = {kind: bytes_a_chip(tree) for kind, tree in (resident or {}).items()}
     rest = max(0, got.memory.argument - sum(arguments.values()))

@@ -1,0 +1,366 @@
+"""`python -m train --config configs/x.py --plan v5p:4x4x4`: the run's programs compiled for a topology, from shapes.
+
+No accelerator, no weights and no data are needed: the compiler of the chip, and the model's config.json or a published
+model's name. What is compiled is what the trainer runs (`train.programs`, `rlvr_jax.decoding`), for rows of
+`algorithm.row_length` tokens, or `data.max_prompt` + `rollout.max_response`. Prints one table; `--plan-json FILE`
+writes it, `--plan-text FOLDER` keeps the compiled programs, `--plan-only update,score` compiles some of them.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from rlvr_jax.decoding.batch import whole_pieces
+from rlvr_jax.decoding.engine import prefill_rows
+from rlvr_jax.decoding.slots import empty_slots, prefill_prompts
+from rlvr_jax.decoding.steps import advance
+from rlvr_jax.generation import language_model
+from rlvr_jax.models import qwen
+from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.planning import ideal, process
+from rlvr_jax.planning.models import PUBLISHED
+from rlvr_jax.planning.programs import ProgramAccount, bytes_a_chip, compile_program, placed
+from rlvr_jax.planning.table import NOTE, table, warnings
+from rlvr_jax.planning.topology import Topology, fill
+from rlvr_jax.program import RunError, config_dict, console
+from rlvr_jax.sharding import MESH_AXES, batch_shards
+from train.config import Config
+from train.dapo import scalars
+from train.prepare import MICRO_ROWS, check_shards, configuration, micro_rows, value_faults
+from train.programs import loss_inputs, make_optimizer, make_programs, placed_like_params, row_length
+
+FLAG = "--plan"
+PROGRAMS = ("update", "optimizer", "score", "weights", "prefill", "rollout")
+_INTEGERS = ("loss_mask_BT", "reweight_mask_BT", "response_BT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for: a checked configuration, its model, a topology."""
+
+    argv: tuple[str, ...]
+    config: Config
+    model: QwenConfig
+    topology: Topology
+    only: tuple[str, ...]
+    json: Path | None
+    text: Path | None
+
+
+def read(argv: Sequence[str]) -> Request:
+    """From a command line. Raises ValueError for what is wrong with it, NoCompiler (a ValueError) at once."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(FLAG, required=True)
+    parser.add_argument("--plan-json", type=Path)
+    parser.add_argument("--plan-text", type=Path)
+    parser.add_argument("--plan-only", default=",".join(PROGRAMS))
+    known, rest = parser.parse_known_args(list(argv))
+    topology, only = Topology.parse(known.plan), tuple(known.plan_only.split(","))
+    if unknown := set(only) - set(PROGRAMS):
+        raise ValueError(f"--plan-only {known.plan_only}: {sorted(unknown)[0]!r} is none of {', '.join(PROGRAMS)}")
+    config = configuration(rest)
+    faults = [fault for fault in value_faults(config) if not fault.startswith("data.train is empty")]
+    if faults:
+        raise ValueError(faults[0])
+    sizes = fill({axis: getattr(config.mesh, axis) for axis in MESH_AXES}, topology.size, topology.text)
+    check_shards(sizes["data"] * sizes["fsdp"], micro_rows(config), MICRO_ROWS)
+    return Request(tuple(argv), config, architecture(config), topology, only, known.plan_json, known.plan_text)
+
+
+def architecture(config: Config) -> QwenConfig:
+    """The model of a run: of a folder with config.json, or of a published name. Raises ValueError for any other."""
+    choices: dict[str, Any] = {"remat": config.model.remat, "dtype": config.model.compute_dtype}
+    if choices["dtype"] == "auto":  # as on every accelerator
+        choices["dtype"] = "bfloat16"
+    if config.model.max_position_embeddings is not None:
+        choices["max_position_embeddings"] = config.model.max_position_embeddings
+    path = config.model.path
+    if (Path(path) / "config.json").is_file():
+        return QwenConfig.from_hf(path, **choices)
+    if path in PUBLISHED:
+        return dataclasses.replace(PUBLISHED[path], **choices)
+    raise ValueError(
+        f"model.path={path}: expected a folder with a config.json, or one of {', '.join(sorted(PUBLISHED))}"
+    )
+
+
+def prepare(argv: Sequence[str]) -> Request:
+    """`read`, and the compiler must be there: else NoCompiler, a ValueError."""
+    request = read(argv)
+    request.topology.settings()
+    request.topology.interpreter()
+    return request
+
+
+def plan(request: Request) -> None:
+    """Compiles in another process, prints the table, writes the JSON. Raises RunError with the compiler's words."""
+    programs: list[ProgramAccount] = []
+    try:
+        for message in process.inside(request.topology, "train.plan", request.argv):
+            if "compiling" in message:
+                console.print(f"{request.topology.text}: compiling {message['compiling']} ...", highlight=False)
+            else:
+                programs.append(ProgramAccount.of(message["program"]))
+    except (ValueError, RuntimeError) as error:
+        raise RunError(str(error)) from error
+    made = Plan(request, tuple(programs))
+    made.show(Console(width=None if sys.stdout.isatty() else 140))
+    if request.json is not None:
+        request.json.write_text(json.dumps(made.plain(), indent=1) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A request and what its programs take."""
+
+    request: Request
+    programs: tuple[ProgramAccount, ...]
+
+    def show(self, out: Console) -> None:
+        """Prints the table, what it leaves out, and what might help where something does not fit."""
+        out.print(table(self.programs, self.title), NOTE, sep="\n", highlight=False)
+        for line in (*warnings(self.programs), *self.advice()):
+            out.print(line, highlight=False, markup=False)
+
+    @property
+    def title(self) -> str:
+        """What was compiled for what."""
+        config, model = self.request.config, self.request.model
+        sizes = fill({axis: getattr(config.mesh, axis) for axis in MESH_AXES}, self.request.topology.size, "")
+        mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+        rows = f"{micro_rows(config)} rows x {row_length(config, config.data.max_prompt):,} tokens"
+        return (
+            f"{config.model.path} on {self.request.topology.text} ({mesh or 'one chip'}), {rows}, remat {model.remat}"
+        )
+
+    def advice(self) -> Iterator[str]:
+        """A sentence for each program that does not fit: what to change first."""
+        for program in self.programs:
+            if not program.fits:
+                yield f"{program.name} does not fit: {suggestion(self.request, program)}"
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        return {
+            "title": self.title,
+            "topology": self.request.topology.text,
+            "chips": self.request.topology.size,
+            "note": NOTE,
+            "advice": list(self.advice()),
+            "programs": [program.plain() for program in self.programs],
+            "config": config_dict(self.request.config),
+        }
+
+
+def suggestion(request: Request, program: ProgramAccount) -> str:
+    """What to change first, by what takes most of the peak."""
+    config = request.config
+    largest = max(program.kinds, key=lambda kind: program.kinds[kind]) if program.kinds else "temporaries"
+    if largest == "KV cache":
+        return "fewer --rollout.prompts-at-once, or more chips along the batch (mesh.data, mesh.fsdp)"
+    if largest != "temporaries":
+        return f"{largest} take the most: split them over more chips (--mesh.fsdp or --mesh.tensor), on a larger slice"
+    shards = config.mesh.data * config.mesh.fsdp
+    if program.name in ("update", "score") and abs(shards) < micro_rows(config):
+        return f"more --algorithm.micro-batches: {micro_rows(config)} rows pass through at once, {abs(shards)} would do"
+    if config.model.remat != "full":
+        return "--model.remat full"
+    if config.model.logprob_chunk > 1024 * request.topology.size:
+        return f"--model.logprob-chunk {1024 * request.topology.size}"
+    return "a larger --mesh.tensor (fewer heads and less of a layer on each chip), or a larger slice"
+
+
+def compile_all(request: Request) -> Iterator[tuple[str, Callable[[], ProgramAccount]]]:
+    """(name, compile) of each program that is asked for, in the order of a trainer step. Needs the compiler."""
+    mesh = request.topology.mesh({axis: getattr(request.config.mesh, axis) for axis in MESH_AXES})
+    made = _Run(request, mesh)
+    for name in PROGRAMS:
+        if name in request.only:
+            yield name, getattr(made, name)
+
+
+class _Run:
+    """Shapes of everything that a run has on its devices, and its programs, compiled one by one."""
+
+    def __init__(self, request: Request, mesh: Mesh):
+        config, model = request.config, request.model
+        self.config, self.model, self.mesh, self.chip = config, model, mesh, request.topology.chip
+        self.whole = NamedSharding(mesh, PartitionSpec())
+        self.params = jax.tree.map(
+            lambda spec: placed(mesh, spec.shape, jnp.float32, spec.axes),
+            qwen.param_specs(model),
+            is_leaf=lambda x: isinstance(x, qwen.ParamSpec),
+        )
+        optimizer = make_optimizer(config.optim)
+        self.state = placed_like_params(optimizer, self.params, self.whole)
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        self.programs = make_programs(config, model, optimizer, shardings)
+        self.rows, self.length = micro_rows(config), row_length(config, config.data.max_prompt)
+        self.reference = {}
+        if config.algorithm.needs_reference:
+            self.reference = {"reference model": jax.tree.map(self._as(model.dtype), self.params)}
+        self.language, self.text = language_model(model), request.text
+
+    def update(self) -> ProgramAccount:
+        """A micro-batch: forward, loss, backward, added to the sums."""
+        batch = self._batch()
+        sums = self._sums(batch)
+        flops = ideal.training_flops(self.model, self.rows, self.length)
+        shape = dict(self.mesh.shape)
+        return self._compile(
+            "update",
+            lambda: self.programs.step.add.lower(self.params, sums, batch),
+            holds={"params": self.params, "gradients": sums, "batch": batch},
+            resident={"optimizer": self.state.opt_state, **self.reference},
+            model_flops=flops[0],
+            ideal_flops=flops[1],
+            ideal_collectives=ideal.training_collectives(
+                self.model,
+                self.rows,
+                self.length,
+                batch=batch_shards(self.mesh),
+                fsdp=shape["fsdp"],
+                tensor=shape["tensor"],
+            ),
+        )
+
+    def optimizer(self) -> ProgramAccount:
+        """Clip, AdamW, the new weights."""
+        sums = self._sums(self._batch())
+        once = bytes_a_chip(self.params)
+        return self._compile(
+            "optimizer",
+            lambda: self.programs.step.finish.lower(self.state, sums),
+            holds={"params": self.params, "optimizer": self.state.opt_state, "gradients": sums},
+            resident=self.reference,
+            ideal_bytes=7.0 * once,  # weights, gradient and two moments read; weights and moments written
+        )
+
+    def score(self) -> ProgramAccount:
+        """Old log-probs and entropies of a micro-batch."""
+        batch = self._batch()
+        temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=self.whole)
+        flops = ideal.forward_flops(self.model, self.rows, self.length)
+        tokens, segments = batch["tokens_BT"], batch["segment_BT"]
+        return self._compile(
+            "score",
+            lambda: self.programs.score.lower(self.params, tokens, segments, temperature),
+            holds={"params": self.params},
+            resident={"optimizer": self.state.opt_state, **self.reference},
+            model_flops=flops,
+            ideal_flops=flops,
+        )
+
+    def weights(self) -> ProgramAccount:
+        """The policy's weights as decoding reads them."""
+        return self._compile(
+            "weights",
+            lambda: jax.jit(self.language.prepare).lower(self.params),
+            holds={"params": self.params},
+            resident={"optimizer": self.state.opt_state, **self.reference},
+            ideal_bytes=1.5 * bytes_a_chip(self.params),  # read in 4 bytes, written in 2
+        )
+
+    def prefill(self) -> ProgramAccount:
+        """Prompts read together."""
+        length = whole_pieces(self.config.data.max_prompt)
+        rows = prefill_rows(self._at_once, length)
+        tokens = placed(self.mesh, (rows, length), jnp.int32, ("batch", "time"))
+        lengths = placed(self.mesh, (rows,), jnp.int32, ("batch",))
+        params = self._decode_params()
+        flops = ideal.forward_flops(self.model, rows, length, logits=False)
+        return self._compile(
+            "prefill",
+            lambda: prefill_prompts.lower((self.language,), (params,), tokens, lengths),
+            holds={"weights for decoding": params},
+            resident=self._training_state(),
+            model_flops=flops,
+            ideal_flops=flops,
+            unknown_trips=-(-length // 256),
+        )
+
+    def rollout(self) -> ProgramAccount:
+        """A chunk of decode steps with caches at their longest."""
+        rollout, steps = self.config.rollout, self.config.rollout.chunk
+        rows = self._at_once * rollout.n
+        length = whole_pieces(whole_pieces(self.config.data.max_prompt) + rollout.max_response)
+        params = self._decode_params()
+        with jax.set_mesh(self.mesh):
+            made = jax.jit(empty_slots, static_argnums=(0, 1, 2)).lower((self.language,), rows, length)
+            state = self._laid_out(made)
+        stop, leave = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.whole) for shape in ((4,), ()))
+        flops = steps * ideal.decode_flops(self.model, rows, length)
+        return self._compile(
+            "rollout",
+            lambda: advance.lower((self.language,), None, steps, 1, (params,), stop, leave, state),
+            holds={"weights for decoding": params, "KV cache": state.caches},
+            resident=self._training_state(),
+            model_flops=flops,
+            ideal_flops=flops,
+            ideal_bytes=float(steps * (bytes_a_chip(params) + bytes_a_chip(state.caches))),
+            smallest_branch=rollout.top_p == 1 and rollout.top_k == 0,  # which has nothing to filter
+        )
+
+    @property
+    def _at_once(self) -> int:
+        rollout = self.config.rollout
+        return min(rollout.prompts_at_once or rollout.generation_batch, rollout.generation_batch)
+
+    def _training_state(self) -> dict[str, Any]:
+        return {"params": self.params, "optimizer": self.state.opt_state, **self.reference}
+
+    def _decode_params(self) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self._laid_out(jax.jit(self.language.prepare).lower(self.params))
+
+    def _laid_out(self, lowered: Any) -> Any:
+        """Shapes of a program's results, where the compiled program leaves them."""
+        compiled = lowered.compile()
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            lowered.out_info,
+            compiled.output_shardings,
+        )
+
+    def _batch(self) -> dict[str, Any]:
+        names = ("tokens_BT", "segment_BT", *loss_inputs(self.config.algorithm))
+        whole, shape = ("tokens_BT", "segment_BT", *_INTEGERS), (self.rows, self.length)
+        batch = {
+            name: placed(self.mesh, shape, jnp.int32 if name in whole else jnp.float32, ("batch", "time"))
+            for name in names
+        }
+        values = scalars(self.config.algorithm, self.config.rollout.temperature)
+        return batch | {name: jax.ShapeDtypeStruct((), x.dtype, sharding=self.whole) for name, x in values.items()}
+
+    def _sums(self, batch: dict[str, Any]) -> Any:
+        with jax.set_mesh(self.mesh):
+            shapes = jax.eval_shape(self.programs.step.begin, self.params, batch)
+        beside = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.whole), shapes)
+        grads = jax.tree.map(
+            lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding), shapes.grads, self.params
+        )
+        return beside._replace(grads=grads)
+
+    def _as(self, dtype: Any) -> Callable[[Any], Any]:
+        return lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
+
+    def _compile(self, name: str, lower: Callable[[], Any], **options: Any) -> ProgramAccount:
+        return compile_program(name, lower, self.mesh, self.chip, text_to=self.text, **options)
+
+
+if __name__ == "__main__":  # the inner process
+    try:
+        for program, compiled in compile_all(read(sys.argv[1:])):
+            process.say(compiling=program)
+            process.say(program=compiled().plain())
+    except ValueError as fault:
+        process.say(error=str(fault))
