@@ -13,7 +13,7 @@ EXTRAS := $(EXTRAS_$(ACCELERATOR))
 PYTEST := $(BIN)/python -m pytest
 JOBS ?= 2
 
-.PHONY: help setup demo test test-slow test-parity bench-decode bench-train tpu-compiler lint clean
+.PHONY: help setup demo test test-slow test-parity bench-decode bench-train tpu-compiler cuda-compiler plans lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +45,18 @@ tpu-compiler: setup  ## the TPU compiler (0.2 GB to fetch, 0.7 GB on disk), wher
 	$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --retries 1 --target $(TPU_COMPILER) "$$wanted" \
 	  2>/dev/null && echo "$$wanted" > $(TPU_COMPILER)/.wanted || \
 	echo "[setup] $$wanted could not be fetched: the test of the TPU programs will be skipped"
+
+cuda-compiler: $(VENV)/cuda-compiler/.installed  ## the compiler for NVIDIA GPUs in an environment of its own (4.5 GB); needs no GPU
+
+$(VENV)/cuda-compiler/.installed: requirements.txt | setup
+	@echo "[setup] fetching jax[cuda13] (4.5 GB) ..."
+	@$(BIN)/python -m venv $(VENV)/cuda-compiler
+	@$(VENV)/cuda-compiler/bin/python -m pip install --quiet -r requirements.txt \
+	  "jax[cuda13]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')"
+	@touch $@
+
+plans: setup tpu-compiler  ## the recipes compiled for pods (and GPUs after `make cuda-compiler`): docs/plans; an hour
+	$(BIN)/python -m benchmarks.plans $(ARGS)
 
 test: setup tpu-compiler  ## the default checks (no torch needed)
 	$(PYTEST) -n $(JOBS) -m "not slow and not parity" $(ARGS)

@@ -4,23 +4,18 @@
     python -m benchmarks.compiled_decode          # Qwen3-8B's width, 4 layers, one v6e chip
     python -m benchmarks.compiled_decode --model qwen2.5-32b --layers 64 --length 22528 \\
         --topology v5p:2x2x4 --data 2 --tensor 8 dual
-    python -m benchmarks.compiled_decode --topology cuda:1x1x1 --python cuda-env/bin/python   # one H100
+    make cuda-compiler && python -m benchmarks.compiled_decode --topology cuda:1x1x1   # one H100
 
-The programs are those of `rlvr_jax.decoding.steps`, compiled from shapes alone: for TPUs by libtpu in the version that
-the installed jax names, for H100s by an interpreter that has `jax[cuda13]` (no GPU needed). What is printed is the
-compiler's account, never a measurement. `inspect` is what tests/test_tpu_program.py asks: whether anything as large as
-a layer's keys is copied, sliced or kept on the side.
+The programs are those of `rlvr_jax.decoding.steps`, compiled from shapes alone (`rlvr_jax.planning.topology` has the
+compilers). What is printed is the compiler's account, never a measurement. `inspect` is what tests/test_tpu_program.py
+asks: whether anything as large as a layer's keys is copied, sliced or kept on the side.
 """
 
 import argparse
 import dataclasses
-import importlib.util
-import json
 import math
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,43 +23,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rlvr_jax.decoding.slots import empty_slots
 from rlvr_jax.decoding.state import LanguageModel
 from rlvr_jax.decoding.steps import Rule, advance
 from rlvr_jax.generation import language_model
 from rlvr_jax.models import qwen
-from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.sharding import DEFAULT_RULES, MESH_AXES
+from rlvr_jax.planning import process
+from rlvr_jax.planning.models import PUBLISHED
+from rlvr_jax.planning.topology import Topology
+from rlvr_jax.sharding import DEFAULT_RULES
 
-ROOT = Path(__file__).parent.parent
-LINE = "compiled_decode: "  # begins the lines of results among what libtpu prints
 _MODELS = {
-    "qwen3-0.6b": QwenConfig(
-        "qwen3", 151_936, 1_024, 3_072, 28, 16, 8, 128, rope_theta=1e6, qk_norm=True, tie_word_embeddings=True
-    ),
-    "qwen3-8b": QwenConfig("qwen3", 151_936, 4_096, 12_288, 36, 32, 8, 128, rope_theta=1e6, qk_norm=True),
-    "qwen2.5-32b": QwenConfig("qwen2", 152_064, 5_120, 27_648, 64, 40, 8, 128, rope_theta=1e6, qkv_bias=True),
+    "qwen3-0.6b": PUBLISHED["Qwen/Qwen3-0.6B"],
+    "qwen3-8b": PUBLISHED["Qwen/Qwen3-8B"],
+    "qwen2.5-32b": PUBLISHED["Qwen/Qwen2.5-32B"],
 }
 _PROGRAMS = ("single", "dual", "stacked")
-# What the compiler has to know of the card: an H100 SXM.
-_H100 = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 85045870592
-}
-"""
 # Instructions that give a cache its next name and move nothing.
 _NAMING = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "opt-barrier"}
 _IN_PLACE = {"scatter", "dynamic-update-slice"}
@@ -85,31 +61,13 @@ class Case:
     tensor: int = 1
     cache_dtype: str = "bfloat16"
 
-    @property
-    def for_cuda(self) -> bool:
-        return self.topology.startswith("cuda:")
 
-
-def compiler_library() -> Path | None:
-    """libtpu.so: that of $TPU_LIBRARY_PATH, of `make tpu-compiler` or of an installed libtpu; None if there is none."""
-    spec = importlib.util.find_spec("libtpu")
-    candidates = [
-        Path(os.environ.get("TPU_LIBRARY_PATH", "/")),
-        Path(sys.prefix) / "tpu-compiler" / "libtpu" / "libtpu.so",
-        Path(spec.origin).parent / "libtpu.so" if spec and spec.origin else Path("/"),
-    ]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def inspect(
-    case: Case, programs: tuple[str, ...] = ("single", "dual"), python: str = sys.executable
-) -> dict[str, dict[str, Any]]:
-    """Compiles in a process of its own, because libtpu and its settings are for a whole process.
+def inspect(case: Case, programs: tuple[str, ...] = ("single", "dual")) -> dict[str, dict[str, Any]]:
+    """Compiles in a process of its own, because a compiler and its settings are for a whole process.
 
     Args:
       case: what to compile.
       programs: "single" (one model), "dual", "stacked".
-      python: interpreter that has the compiler's jax; that of CUDA is too large for the library's own environment.
 
     Returns:
       For each program a dict, all sizes in bytes a chip: `argument`, `alias` (arguments whose memory the results take
@@ -117,39 +75,19 @@ def inspect(
       that make something as large as `layer_keys` without writing in place; `lower_s` and `compile_s`.
 
     Raises:
+      ValueError: no compiler here; it says how to get it.
       RuntimeError: with the compiler's last lines.
     """
-    settings = {"XLA_FLAGS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # there need be no driver
-    if not case.for_cuda:
-        library = compiler_library()
-        if library is None:
-            raise RuntimeError("no TPU compiler here: `make tpu-compiler` fetches it")
-        settings |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        settings["TPU_LIBRARY_PATH"] = str(library)
     arguments = [f"--{f.name.replace('_', '-')}={getattr(case, f.name)}" for f in dataclasses.fields(case)]
-    done = subprocess.run(
-        [python, "-m", "benchmarks.compiled_decode", "--inside", *arguments, *programs],
-        cwd=ROOT,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
+    inner = process.inside(
+        Topology.parse(case.topology), "benchmarks.compiled_decode", ["--inside", *arguments, *programs]
     )
-    results = [json.loads(line.removeprefix(LINE)) for line in done.stdout.splitlines() if line.startswith(LINE)]
-    if done.returncode or len(results) != len(programs):
-        raise RuntimeError(f"the compiler ended with {done.returncode}: {done.stderr[-2000:]}")
-    return dict(zip(programs, results, strict=True))
+    return dict(zip(programs, (message["account"] for message in inner), strict=True))
 
 
 def _compile(case: Case, program: str) -> dict[str, Any]:
     config = dataclasses.replace(_MODELS[case.model], num_layers=case.layers, dtype="bfloat16")
-    if case.for_cuda:
-        shape = case.topology.removeprefix("cuda:")
-        devices = topologies.get_topology_desc(platform="cuda", topology=shape, target_config=_H100).devices
-    else:
-        single_chip = {"chips_per_host_bounds": (1, 1, 1)} if case.data * case.fsdp * case.tensor == 1 else {}
-        devices = topologies.get_topology_desc(topology_name=case.topology, platform="tpu", **single_chip).devices
-    grid = (case.data, case.fsdp, case.tensor)
-    mesh = Mesh(mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True), MESH_AXES)
+    mesh = Topology.parse(case.topology).mesh({axis: getattr(case, axis) for axis in ("data", "fsdp", "tensor")})
 
     def placed(x: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=DEFAULT_RULES.sharding(mesh, names, x.shape))
@@ -255,21 +193,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Case):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    parser.add_argument(
-        "--python", default=sys.executable, help="interpreter that has the compiler (CUDA: jax[cuda13])"
-    )
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("programs", nargs="*", metavar="program", help=", ".join(_PROGRAMS))
     options = vars(parser.parse_args())
     inside, programs = options.pop("inside"), tuple(options.pop("programs")) or ("single", "dual")
-    python = options.pop("python")
     case = Case(**options)
     if inside:
         for program in programs:
-            print(LINE + json.dumps(_compile(case, program)), flush=True)
+            process.say(account=_compile(case, program))
         return
     print(f"{case}\nGiB a chip, by the compiler's account")
-    for program, got in inspect(case, programs, python).items():
+    for program, got in inspect(case, programs).items():
         sizes = "  ".join(f"{name} {got[name] / 2**30:.3f}" for name in ("argument", "cache", "temporary", "peak"))
         print(f"{program:8s} {sizes}  compiled in {got['compile_s']:.0f} s  moved whole: {len(got['moved'])}")
         for line in got["moved"][:5]:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.compiled_decode import Case, compiler_library, inspect, moved
+from benchmarks.compiled_decode import Case, inspect, moved
+from rlvr_jax.planning.topology import compiler_library
 
 # Real widths, few layers. A layer's keys are larger than any weight, so that nothing else is taken for them.
 CASE = Case(model="qwen3-0.6b", layers=2, slots=32, length=32_768, block=8, topology="v6e:1x1")

@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 _HEADER = re.compile(r"(ENTRY )?(%[\w.\-$]+) \(.*\{$")
@@ -202,76 +202,77 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int | Non
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     roles = dict(called(loop))
-    condition, body = (module.computations[roles[role]] for role in ("condition", "body"))
-    root = _root(condition)
-    while root.opcode == "and":
-        sides = (condition[name] for name in root.operands)
-        root = next((x for x in sides if x.opcode == "and" or (x.opcode == "compare" and _bounded(condition, x))), None)
-        if root is None:
+    ends = [_root_node(module, roles["condition"])]
+    while ends and ends[0].instruction.opcode == "and":
+        ends = ends[0].operands(module) + ends[1:]
+    for end in ends:
+        direction = re.search(r"direction=(LT|LE)", end.instruction.attributes)
+        if end.instruction.opcode != "compare" or direction is None:
+            continue
+        counter, limit = end.operands(module)
+        bound, index = limit.constant, counter.tuple_index
+        if bound is not None and index is not None:
+            begin = _element(module, _node(module, computation, loop.operands[0]), index)
+            step = _step(module, roles["body"], index)
+            first = (begin and begin.constant) or 0
+            return max(0, -(-(bound + (direction[1] == "LE") - first) // (step or 1)))
+    return None
+
+
+class _Node(NamedTuple):
+    """A value, seen through copies and into fusions. `given` are the operands of the fusion that it is in."""
+
+    computation: str
+    instruction: Instruction
+    given: tuple
+
+    def operands(self, module: Module) -> list["_Node"]:
+        return [_node(module, self.computation, name, self.given) for name in self.instruction.operands]
+
+    @property
+    def constant(self) -> int | None:
+        if self.instruction.opcode != "constant":
             return None
-    if root.opcode == "fusion":  # the comparison alone in a fusion, whose operands are its parameters in order
-        inner = _root(module.computations[dict(called(root))["calls"]])
-        order = [int(_parameter_number(module.computations[dict(called(root))["calls"]], x)) for x in inner.operands]
-        sides, root = [root.operands[i] for i in order if i >= 0], inner
-    else:
-        sides = root.operands
-    if root.opcode != "compare" or len(sides) != 2:
+        value = self.instruction.rest[: _closing(self.instruction.rest)]
+        return int(value) if value.lstrip("-").isdigit() else None
+
+    @property
+    def tuple_index(self) -> int | None:
+        found = self.instruction.opcode == "get-tuple-element" and re.search(
+            r"index=(\d+)", self.instruction.attributes
+        )
+        return int(found[1]) if found else None
+
+
+def _node(module: Module, computation: str, name: str, given: tuple = ()) -> _Node:
+    x = module.computations[computation][name]
+    if x.opcode in ("copy", "bitcast", "convert", "reshape"):
+        return _node(module, computation, x.operands[0], given)
+    if x.opcode == "parameter" and given:
+        return given[int(x.rest[: _closing(x.rest)])]
+    if x.opcode == "fusion":
+        return _root_node(module, dict(called(x))["calls"], _Node(computation, x, given).operands(module))
+    return _Node(computation, x, given)
+
+
+def _root_node(module: Module, computation: str, given: Sequence[_Node] = ()) -> _Node:
+    root = next(x for x in module.computations[computation].values() if x.root)
+    return _node(module, computation, root.name, tuple(given))
+
+
+def _element(module: Module, whole: _Node, index: int) -> _Node | None:
+    """An element of a tuple that is made in the same computation."""
+    if whole.instruction.opcode != "tuple" or index >= len(whole.instruction.operands):
         return None
-    direction = re.search(r"direction=(\w\w)", root.attributes)
-    bound, index = _constant(condition, sides[1]), _tuple_index(condition, sides[0])
-    if bound is None or index is None or direction is None or direction[1] not in ("LT", "LE"):
+    return _node(module, whole.computation, whole.instruction.operands[index], whole.given)
+
+
+def _step(module: Module, body: str, index: int) -> int | None:
+    """What the body adds to its counter."""
+    new = _element(module, _root_node(module, body), index)
+    if new is None or new.instruction.opcode != "add":
         return None
-    first = _operand_of_tuple(module.computations[computation], loop.operands[0], index)
-    begin = None if first is None else _constant(module.computations[computation], first)
-    step = _step(body, index)
-    return max(0, -(-(bound + (direction[1] == "LE") - (begin or 0)) // (step or 1)))
-
-
-def _bounded(computation: Computation, compare: Instruction) -> bool:
-    """Whether a comparison is that of a counter with a constant."""
-    counter, bound = compare.operands
-    return _tuple_index(computation, counter) is not None and _constant(computation, bound) is not None
-
-
-def _step(body: Computation, index: int) -> int | None:
-    new = _operand_of_tuple(body, _root(body).name, index)
-    if new is None or body[new].opcode != "add":
-        return None
-    return next((value for name in body[new].operands if (value := _constant(body, name)) is not None), None)
-
-
-def _root(computation: Computation) -> Instruction:
-    return next(x for x in computation.values() if x.root)
-
-
-def _parameter_number(computation: Computation, name: str) -> int:
-    x = computation[name]
-    return int(x.rest[: _closing(x.rest)]) if x.opcode == "parameter" else -1
-
-
-def _through_copies(computation: Computation, name: str) -> Instruction | None:
-    while (x := computation.get(name)) is not None and x.opcode in ("copy", "bitcast", "convert", "reshape"):
-        name = x.operands[0]
-    return x
-
-
-def _constant(computation: Computation, name: str) -> int | None:
-    x = _through_copies(computation, name)
-    if x is None or x.opcode != "constant":
-        return None
-    value = x.rest[: _closing(x.rest)]
-    return int(value) if value.lstrip("-").isdigit() else None
-
-
-def _tuple_index(computation: Computation, name: str) -> int | None:
-    x = _through_copies(computation, name)
-    found = x and x.opcode == "get-tuple-element" and re.search(r"index=(\d+)", x.attributes)
-    return int(found[1]) if found else None
-
-
-def _operand_of_tuple(computation: Computation, name: str, index: int) -> str | None:
-    x = computation.get(name)
-    return x.operands[index] if x is not None and x.opcode == "tuple" and index < len(x.operands) else None
+    return next((x.constant for x in new.operands(module) if x.constant is not None), None)
 
 
 def _closing(rest: str) -> int:
