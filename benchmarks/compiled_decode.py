@@ -25,11 +25,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.decoding.slots import empty_slots
 from rlvr_jax.decoding.state import LanguageModel
 from rlvr_jax.decoding.steps import Rule, advance
 from rlvr_jax.generation import language_model
-from rlvr_jax.models import qwen
+from rlvr_jax.models.cache import CACHE_AXES
+from rlvr_jax.models.decode_weights import prepared_shapes
 from rlvr_jax.planning import process
 from rlvr_jax.planning.models import PUBLISHED
 from rlvr_jax.planning.topology import Topology
@@ -88,6 +90,7 @@ def inspect(case: Case, programs: tuple[str, ...] = ("single", "dual")) -> dict[
 def _compile(case: Case, program: str) -> dict[str, Any]:
     config = dataclasses.replace(_MODELS[case.model], num_layers=case.layers, dtype="bfloat16")
     mesh = Topology.parse(case.topology).mesh({axis: getattr(case, axis) for axis in ("data", "fsdp", "tensor")})
+    mesh = decode_mesh(mesh, [config.num_kv_heads])
 
     def placed(x: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=DEFAULT_RULES.sharding(mesh, names, x.shape))
@@ -97,20 +100,12 @@ def _compile(case: Case, program: str) -> dict[str, Any]:
         if program == "stacked":
             model = _stacked(model)
         models = (model,) * (2 if program == "dual" else 1)
-        shapes = jax.eval_shape(lambda: model.prepare(qwen.init_params(config, jax.random.key(0), jnp.bfloat16)))
-        axes = qwen.param_axes(config)
-
-        def place(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            in_layer = path[0].key == "layers"
-            return placed(x, axes["layers"][path[-1].key][1:] if in_layer else axes[path[0].key])
-
-        params = jax.tree_util.tree_map_with_path(place, shapes)
+        params = prepared_shapes(config, mesh)
         state = jax.eval_shape(lambda: empty_slots(models, case.slots, case.length))
         layer_axes = ("layers",) if program == "stacked" else ()
 
         def place_cache(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            names = (*layer_axes, "batch", "kv_heads", None, "head_dim")
-            return placed(x, names[: x.ndim])
+            return placed(x, (*layer_axes, *CACHE_AXES)[: x.ndim])
 
         caches = jax.tree.map(place_cache, state.caches)
         rest = jax.tree.map(lambda x: placed(x, ("batch", *[None] * (x.ndim - 1))), state._replace(caches=()))
@@ -179,6 +174,8 @@ def moved(text: str, elements: int) -> Iterator[str]:
         if not found or inside in fused:
             continue
         name, result, opcode = found.groups()
+        if opcode == "slice-start":  # a part fetched ahead: what it is fetched from is named first
+            result = result.partition("),")[2]
         shapes = re.findall(r"\w+\[([\d,]+)\]", result)
         if not any(math.prod(map(int, shape.split(","))) >= elements for shape in shapes):
             continue

@@ -3,6 +3,7 @@
 Without a recipe:
 `python -m decode --base B --rl R --problems P.parquet --criterion delta_logp --tau -0.3 --gamma 0.05 --n 4`; a sweep:
 `python -m decode --base B --rl R --problems P.parquet --grid.criteria delta_logp kl --match-rate 0.05 0.1`.
+With `--plan v6e:4x4` its programs are compiled for that topology, and what they would take there is printed.
 The same command again goes on where a killed run stopped. All flags: `python -m decode --help`.
 
 `python -m decode compare RUN RUN ...` tabulates and draws what runs have found.
@@ -10,11 +11,13 @@ The same command again goes on where a killed run stopped. All flags: `python -m
 
 import sys
 
-from decode import compare
+from decode import compare, compiled
 from decode.run import prepare, run
 from rlvr_jax.program import run_program
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compare"]:
         sys.exit(run_program(lambda argv: compare.prepare(argv[1:]), compare.run))
+    if compiled.FLAG in sys.argv[1:]:
+        sys.exit(run_program(compiled.prepare, compiled.plan))
     sys.exit(run_program(prepare, run))

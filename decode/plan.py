@@ -4,12 +4,13 @@ from jax.sharding import Mesh
 
 from decode.config import DecodeConfig, Setting
 from decode.inputs import Inputs
+from rlvr_jax.decode_layout import cache_shards, parts_of
 from rlvr_jax.decoding.batch import whole_pieces
 from rlvr_jax.decoding.engine import prefill_rows
 from rlvr_jax.decoding.memory import GIB, MemoryPlan, device_memory, plan_slots, working_bytes
 from rlvr_jax.models.cache import cache_bytes
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.models.memory import weight_bytes
+from rlvr_jax.models.memory import decode_weight_bytes
 from rlvr_jax.sharding import batch_shards
 
 MOST_SLOTS = 256  # taken unasked: more of them gain little speed and make the last responses of a queue wait longer
@@ -25,9 +26,10 @@ def plan(config: DecodeConfig, inputs: Inputs, dtype: str, mesh: Mesh | None, se
     prompt_length = whole_pieces(max(map(len, inputs.prompts)))
     length = whole_pieces(prompt_length + config.max_new_tokens)
     models = [inputs.models[role] for role in roles]
-    step = batch_shards(mesh)
+    step = cache_shards(mesh)
     vocabulary = models[0].vocab_size
-    working = working_bytes(vocabulary, len(models), config.block) // _ways(mesh, vocabulary)
+    # A slot's logits, of which the devices that share them hold parts.
+    logits = working_bytes(vocabulary, len(models), config.block) // parts_of(mesh, "vocab", vocabulary)
     kept_in = dtype if config.cache_dtype == "model" else config.cache_dtype
     rows = len(inputs.problems) * len(config.seeds) * config.n
 
@@ -41,9 +43,9 @@ def plan(config: DecodeConfig, inputs: Inputs, dtype: str, mesh: Mesh | None, se
         slots=config.slots,
         most=MOST_SLOTS,
         length=length,
-        weights=sum(weight_bytes(model, dtype, mesh) for model in inputs.models.values()),
+        weights=sum(decode_weight_bytes(model, dtype, mesh) for model in inputs.models.values()),
         slot_cache=_slot_cache(models, length, kept_in, mesh) // step,
-        slot_working=working // step,
+        slot_working=logits // batch_shards(mesh),
         limit=device_memory() if config.memory is None else int(config.memory * GIB),
         prompts=prompts,
         step=step,
@@ -53,10 +55,6 @@ def plan(config: DecodeConfig, inputs: Inputs, dtype: str, mesh: Mesh | None, se
 
 def _slot_cache(models: list[QwenConfig], length: int, dtype: str, mesh: Mesh | None) -> int:
     """Bytes of the caches of one slot on the devices that share its heads, each."""
-    return sum(cache_bytes(model, 1, length, dtype) // _ways(mesh, model.num_kv_heads) for model in models)
-
-
-def _ways(mesh: Mesh | None, size: int) -> int:
-    """In how many parts the tensor axis splits a dimension: all or none, as `ShardingRules` does."""
-    tensor = 1 if mesh is None else mesh.shape["tensor"]
-    return tensor if size % tensor == 0 else 1
+    return sum(
+        cache_bytes(model, 1, length, dtype) // parts_of(mesh, "kv_heads", model.num_kv_heads) for model in models
+    )

@@ -23,6 +23,7 @@ from decode.results import Row, RowLog, TokenParts, check_resume, lock, publishe
 from decode.summary import Outcome, remarks, summarise, summary_table, with_differences, write_summaries
 from decode.sweep import resolve
 from decode.writer import Destination, Writer
+from rlvr_jax.decode_layout import DECODE_RULES, decode_mesh
 from rlvr_jax.decoding.memory import MemoryPlan
 from rlvr_jax.files import write_json
 from rlvr_jax.generation import language_model
@@ -67,6 +68,7 @@ def check(config: DecodeConfig) -> Job:
     config = dataclasses.replace(config, dtype=dtype)  # so that a run goes on in the dtype that it began in
     mesh = _mesh(config.mesh)
     inputs = read_inputs(config)
+    mesh = None if mesh is None else decode_mesh(mesh, [model.num_kv_heads for model in inputs.models.values()])
     plans = {setting.name: plan(config, inputs, dtype, mesh, setting) for setting in config.settings}
     for grader in config.graders:
         if grader not in RULES:
@@ -183,7 +185,7 @@ def _load(job: Job, role: str) -> Loaded:
     """A model and its parameters, laid out for decoding. (A function, so that what was read is freed on return.)"""
     dtype = job.config.dtype
     try:
-        config, params = load_hf(job.inputs.folders[role], dtype=jnp.dtype(dtype), mesh=job.mesh)
+        config, params = load_hf(job.inputs.folders[role], dtype=jnp.dtype(dtype), mesh=job.mesh, rules=DECODE_RULES)
     except (ValueError, OSError) as error:
         raise RunError(f"{role} = {error}") from error
     config = dataclasses.replace(config, dtype=dtype)

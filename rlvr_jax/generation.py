@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.decoding.batch import Ids, Numbers, Prompts, check_count, check_prompts, check_stop_tokens
 from rlvr_jax.decoding.engine import OnChunk
 from rlvr_jax.decoding.generate import Generation, decode
@@ -55,7 +56,8 @@ def generate(
       seed: a row's tokens depend on its prompt, its settings, the seed and the indices of prompt and sample alone.
       stop_tokens: ids that end a response (none: always max_new_tokens).
       slots: rows decoded at once, refilled as they end; by default all. No token depends on it.
-      mesh: splits the rows over its data and fsdp axes; the parameters stay where they are.
+      mesh: splits the rows over its data and fsdp axes and the weights over its tensor axis, see `decode_layout`;
+        parameters from `load_hf` with that mesh are laid out anew. None takes the ambient mesh, if there is one.
       on_chunk: called now and then with the number of finished rows and of tokens drawn so far.
 
     Returns:
@@ -78,7 +80,7 @@ def generate(
         seed=seed,
         stop_tokens=stop_tokens,
         slots=slots,
-        mesh=mesh,
+        mesh=_mesh(mesh, config),
         on_chunk=on_chunk,
     )
 
@@ -159,7 +161,7 @@ def generate_selective(
         seed=seed,
         stop_tokens=stop_tokens,
         slots=slots,
-        mesh=mesh,
+        mesh=_mesh(mesh, base, rl),
         on_chunk=on_chunk,
     )
 
@@ -197,6 +199,11 @@ def _language_model(config: QwenConfig, cache_dtype: str) -> LanguageModel:
         insert_cache=lambda cache, prompts, source_B: constrained(kv_cache.insert_cache(cache, prompts, source_B)),
         prepare=functools.partial(decode_weights.prepare, config),
     )
+
+
+def _mesh(mesh: Mesh | None, *configs: QwenConfig) -> Mesh | None:
+    mesh = jax.sharding.get_mesh() if mesh is None else mesh
+    return None if mesh.empty else decode_mesh(mesh, [config.num_kv_heads for config in configs])
 
 
 def _resolved(name: str, config: QwenConfig, params: Params) -> QwenConfig:

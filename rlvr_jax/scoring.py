@@ -80,7 +80,7 @@ def criterion_values(
         if value < 1:
             raise ValueError(f"{name}={value}: expected an integer of at least 1")
     texts = _checked_texts(prompts, responses, min(config_base.vocab_size, config_rl.vocab_size))
-    rule = _Rule(tuple(criteria), top_logprobs, sample_from, chunk)
+    rule = ScoreRule(tuple(criteria), top_logprobs, sample_from, chunk)
     models = tuple(
         language_model(dataclasses.replace(config, dtype=config.dtype or platform_dtype()), cache_dtype)
         for config in (config_base, config_rl)
@@ -89,7 +89,7 @@ def criterion_values(
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         both = tuple(model.prepare(params) for model, params in zip(models, (params_base, params_rl), strict=True))
         for rows, tokens_BT in _batches([np.concatenate(text) for text in texts], batch_tokens, batch_shards(mesh)):
-            values = {name: np.asarray(x_BT) for name, x_BT in _score(models, rule, both, tokens_BT).items()}
+            values = {name: np.asarray(x_BT) for name, x_BT in score(models, rule, both, tokens_BT).items()}
             for i, row in enumerate(rows):
                 prompt, response = texts[row]
                 begin = len(prompt) - 1  # the position that predicts the response's first token
@@ -147,7 +147,7 @@ def threshold_for_share(criterion: str, values: ArrayLike | Sequence[float], sha
     return Threshold(tau, float(selected_N.mean()), float(count_M[last] / values_N.size))
 
 
-class _Rule(NamedTuple):
+class ScoreRule(NamedTuple):
     """What is compiled into the program."""
 
     criteria: tuple[str, ...]
@@ -157,7 +157,7 @@ class _Rule(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(models: tuple, rule: _Rule, params: tuple[Params, Params], tokens_BT: Array) -> dict[str, jax.Array]:
+def score(models: tuple, rule: ScoreRule, params: tuple[Params, Params], tokens_BT: Array) -> dict[str, jax.Array]:
     """[B, T] a criterion; at t the value of token t + 1 (at the last t: of a padding token)."""
     B, T = tokens_BT.shape
     piece = min(T, PIECE)

@@ -20,6 +20,7 @@ from rlvr_jax.typing import Array
 log = logging.getLogger(__name__)
 
 MESH_AXES = ("data", "fsdp", "tensor")
+ROWS = "rows"  # of a decode mesh alone: see `decode_layout`
 MeshAxes = str | tuple[str, ...] | None
 
 
@@ -28,18 +29,20 @@ class ShardingRules:
     """Logical dimension name -> mesh axis, tuple of axes, or None (replicated).
 
     The defaults are FSDP x tensor parallelism: parameters are split over `fsdp` along the model dimension and over
-    `tensor` along heads, feed-forward width and vocabulary; the batch is split over `data` and `fsdp`.
+    `tensor` along heads, feed-forward width and vocabulary; the batch is split over `data` and `fsdp`. The axis `rows`
+    is there in decode meshes alone, where it is the part of the tensor axis that kv heads are too few for.
     """
 
     batch: MeshAxes = ("data", "fsdp")
     time: MeshAxes = None
     act_embed: MeshAxes = None
     embed: MeshAxes = "fsdp"
-    heads: MeshAxes = "tensor"
+    heads: MeshAxes = ("tensor", ROWS)
     kv_heads: MeshAxes = "tensor"
     head_dim: MeshAxes = None
-    ffn: MeshAxes = "tensor"
-    vocab: MeshAxes = "tensor"
+    ffn: MeshAxes = ("tensor", ROWS)
+    vocab: MeshAxes = ("tensor", ROWS)
+    cache_rows: MeshAxes = ("data", "fsdp", ROWS)
     layers: MeshAxes = None
 
     def axes(self, name: str | None) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.generation import language_model
 from rlvr_jax.models import layers, qwen
 from rlvr_jax.models.cache import KVCache, LayerCache, cache_bytes, grow_cache, init_cache, insert_cache, write_layer
@@ -235,7 +236,7 @@ def test_the_program_copies_no_cache(width, dtype):
     [((2, 1, 2), None, 1), ((2, 1, 2), "int8", 8), ((1, 2, 4), "int8", 1), ((1, 2, 4), None, 8)],
 )
 def test_mesh_equals_one_device(axes, dtype, width):
-    """Rows over data and fsdp; kv heads over tensor, or on every shard where 2 of them do not split over 4."""
+    """Rows over data and fsdp; 2 kv heads over tensor, and more rows where tensor has 4 shards."""
     model, capacity = language_model(ONE_LAYER, dtype), 3 * CHUNK
     place = np.array([CHUNK + 3, 2, 2 * CHUNK - 1, 0])
     random = np.random.default_rng(1)
@@ -247,8 +248,10 @@ def test_mesh_equals_one_device(axes, dtype, width):
     positions = place[:, None] + np.arange(width)
     tokens = np.take_along_axis(np.tile(TOKENS, (2, 1)), positions % 50, 1)
     wanted, _ = run(model, params(ONE_LAYER), tokens, positions, filled)
-    with jax.set_mesh(make_mesh(*axes, devices=jax.devices()[: int(np.prod(axes))])):
+    mesh = decode_mesh(make_mesh(*axes, devices=jax.devices()[: int(np.prod(axes))]), [2])
+    with jax.set_mesh(mesh):
         sharded = jax.jit(lambda x: model.insert_cache(model.init_cache(4, capacity), x, jnp.arange(4)))(filled)
+        assert sharded.k[0].sharding.shard_shape(sharded.k[0].shape)[:2] == (8 // mesh.size, 1), "no part lies twice"
         program = run.lower(model, params(ONE_LAYER), tokens, positions, sharded).compile()
         got, _ = program(params(ONE_LAYER), tokens, positions, sharded)
         text = program.as_text()

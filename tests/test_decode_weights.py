@@ -117,7 +117,7 @@ def test_several_devices_keep_the_matrices_apart_and_split(ambient):
         actual = hidden_and_logits(config, prepared, 8)
         unplaced = hidden_and_logits(config, decode_weights.prepare(config, params), 8)
     shard = prepared["layers"][0]["up_proj"].sharding.shard_shape((48, 80))
-    assert shard == (24, 40)
+    assert shard == (48, 40), "whole along the model dimension"
     for numbers in (actual, unplaced):
         for one, other in zip(expected, numbers, strict=True):
             np.testing.assert_allclose(other, one, atol=1e-5 * np.abs(one).max(), rtol=0)

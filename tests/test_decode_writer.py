@@ -11,9 +11,10 @@ import pytest
 import decode.plan
 from decode.config import DecodeConfig, Setting
 from decode.draw import Drawn
-from decode.plan import plan, weight_bytes
+from decode.plan import plan
 from decode.results import RowLog, TokenParts
 from decode.writer import Destination, Writer
+from rlvr_jax.models.memory import decode_weight_bytes, weight_bytes
 from rlvr_jax.models.qwen import init_params
 from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded
@@ -180,7 +181,9 @@ def test_a_mesh_splits_weights_and_caches():
     norms = sum(x.nbytes for path, x in jax.tree_util.tree_leaves_with_path(params) if "norm" in str(path[-1]))
     rest = sum(x.nbytes for x in jax.tree.leaves(params)) - norms
     assert weight_bytes(model, "float32", mesh) == rest / 4 + norms  # fsdp x tensor
+    assert decode_weight_bytes(model, "float32", mesh) == rest / 2 + norms  # tensor alone
     one, split = planned(), planned(mesh=mesh)
+    assert split.weights == 2 * (rest / 2 + norms)
     assert split.slots == one.slots
     assert split.caches == one.caches / 8  # rows over data and fsdp, kv heads over tensor
     assert planned(mesh=mesh, n=1, slots=5).slots == 8  # a multiple of the four ways that rows are split

@@ -105,10 +105,10 @@ def test_the_compute_dtype_is_that_of_decoding(pair):
 def test_no_array_of_all_positions_and_the_vocabulary():
     """The program has no [B, T, V] array, nor [B, piece, V]."""
     config = tiny_config(vocab_size=57, dtype="float32")  # a number that is no other dimension
-    model, rule = language_model(config), scoring._Rule(("kl", "delta_logp"), None, "base", 32)
+    model, rule = language_model(config), scoring.ScoreRule(("kl", "delta_logp"), None, "base", 32)
     params = model.prepare(init_params(config, jax.random.key(0)))
     tokens_BT = jnp.zeros((4, 96), jnp.int32)
-    score = jax.make_jaxpr(scoring._score, static_argnums=(0, 1))
+    score = jax.make_jaxpr(scoring.score, static_argnums=(0, 1))
     jaxpr = str(score((model, model), rule, (params, params), tokens_BT))
     assert "f32[32,57]" in jaxpr  # 4 rows x 8 positions: what is measured at a time
     for tokens in (PIECE, 96, 97):

@@ -5,12 +5,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from rlvr_jax.decode_layout import decode_mesh, parts_of
 from rlvr_jax.decoding.batch import whole_pieces
 from rlvr_jax.decoding.engine import prefill_rows
 from rlvr_jax.decoding.memory import working_bytes
 from rlvr_jax.models.cache import cache_bytes
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.models.memory import weight_bytes
+from rlvr_jax.models.memory import decode_weight_bytes, weight_bytes
 from rlvr_jax.sharding import batch_shards
 from train.config import Config
 from train.prepare import micro_rows
@@ -116,25 +117,35 @@ def memory(
       eval_rows: responses that an evaluation decodes together.
     """
     rollout, shards, tensor = config.rollout, batch_shards(mesh), mesh.shape["tensor"]
-    kv_ways, vocab_ways = (tensor if size % tensor == 0 else 1 for size in (model.num_kv_heads, model.vocab_size))
-    master, copy = weight_bytes(model, "float32", mesh), weight_bytes(model, dtype, mesh)
+    vocab_ways = tensor if model.vocab_size % tensor == 0 else 1
+    master, reference = weight_bytes(model, "float32", mesh), weight_bytes(model, dtype, mesh)
     parts = [Part("both", "master weights, float32", master), Part("both", "Adam's two moments, float32", 2 * master)]
     if config.algorithm.needs_reference:
-        parts.append(Part("both", f"reference model, {dtype}", copy))
+        parts.append(Part("both", f"reference model, {dtype}", reference))
 
     at_once = min(rollout.prompts_at_once or rollout.generation_batch, rollout.generation_batch)
+    decode = decode_mesh(mesh, [model.num_kv_heads], rollout.tensor)
+    kv_ways = parts_of(decode, "kv_heads", model.num_kv_heads)
+
+    def each(rows: int, name: str) -> int:
+        """Rows of each device; those that do not divide are on all of them."""
+        return rows // parts_of(decode, name, rows)
+
     rows = max(at_once * rollout.n, eval_rows)
-    rows = rows if rows % shards else rows // shards  # of each device; rows that do not divide are on all of them
+    cached = each(rows, "cache_rows")
     padded = whole_pieces(prompt_length)
     length = whole_pieces(padded + rollout.max_response)
-    together = prefill_rows(at_once, padded)
-    together = together if together % shards else together // shards
+    together = each(prefill_rows(at_once, padded), "cache_rows")
     parts += [
-        Part("rollout", f"copy of the weights for decoding, {dtype}", copy),
         Part(
             "rollout",
-            f"KV cache, {rows:,} rows x {length:,} tokens, {dtype}",
-            rows * (cache_bytes(model, 1, length, dtype) // kv_ways),
+            f"copy of the weights for decoding, {dtype}",
+            decode_weight_bytes(model, dtype, decode),
+        ),
+        Part(
+            "rollout",
+            f"KV cache, {cached:,} rows x {length:,} tokens, {dtype}",
+            cached * (cache_bytes(model, 1, length, dtype) // kv_ways),
         ),
         Part(
             "rollout",
@@ -142,7 +153,10 @@ def memory(
             together * (cache_bytes(model, 1, padded, dtype) // kv_ways),
         ),
         Part(
-            "rollout", "next-token distributions, float32", rows * (working_bytes(model.vocab_size, 1, 1) // vocab_ways)
+            "rollout",
+            "next-token distributions, float32",
+            each(rows, "batch")
+            * (working_bytes(model.vocab_size, 1, 1) // parts_of(decode, "vocab", model.vocab_size)),
         ),
     ]
 

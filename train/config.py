@@ -51,6 +51,9 @@ class RolloutConfig:
     """Prompts decoded together; bounds the memory of the cache. None: the whole generation batch."""
     chunk: int = 64
     """Decode steps between two looks of the host."""
+    tensor: int | None = None
+    """In how many parts the policy's weights are split to decode, over the devices of the mesh; None: mesh.tensor. The
+    others split the rows. More parts than in training suit large models whose training splits little but fsdp."""
     one_step_off: bool = False
     """Collect the groups of the next trainer step, with the policy as it is, while this step updates it: its responses
     are then one trainer step behind (`rollout_gap` and `algorithm.importance` are about that). On one device only."""
@@ -232,6 +235,7 @@ class Config:
 MAY_CHANGE = (
     *("run_dir", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "data.val"),
     *("model.remat", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk"),
+    "rollout.tensor",
     *("algorithm.micro_batches", "algorithm.row_length"),
     *("reward.workers", "reward.timeout_s", "reward.memory_mb"),
 )

@@ -62,7 +62,7 @@ class _Run:
             stop_tokens=job.stop_tokens,
             max_response=config.rollout.max_response,
             chunk=config.rollout.chunk,
-            mesh=job.mesh,
+            mesh=job.rollout_mesh,
         )
         for name in (".", "generated", "rollouts", "eval"):
             remove_leftovers(self.folder / name)
@@ -213,8 +213,9 @@ class _Run:
             self.exported_step = step
 
     def _rollout_params(self) -> Any:
-        """The policy's weights as decoding wants them: compute dtype, one dict a layer. They follow every update."""
-        return self.decoder.model.prepare(self.trainer.state.params)
+        """The policy's weights as decoding wants them: compute dtype, one dict a layer, laid out for it."""
+        with jax.set_mesh(self.job.rollout_mesh):
+            return self.decoder.model.prepare(self.trainer.state.params)
 
     def _evaluate(self) -> None:
         if self.job.val is None:

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.decoding.batch import whole_pieces
 from rlvr_jax.decoding.engine import prefill_rows
 from rlvr_jax.decoding.slots import empty_slots, prefill_prompts
 from rlvr_jax.decoding.steps import advance
 from rlvr_jax.generation import language_model
-from rlvr_jax.models import qwen
+from rlvr_jax.models import decode_weights, qwen
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.planning import ideal, process
 from rlvr_jax.planning.models import PUBLISHED
@@ -209,6 +210,8 @@ class _Run:
         if config.algorithm.needs_reference:
             self.reference = {"reference model": jax.tree.map(self._as(model.dtype), self.params)}
         self.language, self.text = language_model(model), request.text
+        self.decode_mesh = decode_mesh(mesh, [model.num_kv_heads], config.rollout.tensor)
+        self.decode_params = decode_weights.prepared_shapes(model, self.decode_mesh)
 
     def update(self) -> ProgramAccount:
         """A micro-batch: forward, loss, backward, added to the sums."""
@@ -262,9 +265,11 @@ class _Run:
 
     def weights(self) -> ProgramAccount:
         """The policy's weights as decoding reads them."""
+        given = decode_weights.sources(self.model, self.params)
         return self._compile(
             "weights",
-            lambda: jax.jit(self.language.prepare).lower(self.params),
+            lambda: decode_weights.layout.lower(self.model, given, self.params),
+            mesh=self.decode_mesh,
             holds={"params": self.params},
             resident={"optimizer": self.state.opt_state, **self.reference},
             ideal_bytes=1.5 * bytes_a_chip(self.params),  # read in 4 bytes, written in 2
@@ -274,14 +279,14 @@ class _Run:
         """Prompts read together."""
         length = whole_pieces(self.config.data.max_prompt)
         rows = prefill_rows(self._at_once, length)
-        tokens = placed(self.mesh, (rows, length), jnp.int32, ("batch", "time"))
-        lengths = placed(self.mesh, (rows,), jnp.int32, ("batch",))
-        params = self._decode_params()
+        tokens = placed(self.decode_mesh, (rows, length), jnp.int32, ("batch", None))
+        lengths = placed(self.decode_mesh, (rows,), jnp.int32, ("batch",))
         flops = ideal.forward_flops(self.model, rows, length, logits=False)
         return self._compile(
             "prefill",
-            lambda: prefill_prompts.lower((self.language,), (params,), tokens, lengths),
-            holds={"weights for decoding": params},
+            lambda: prefill_prompts.lower((self.language,), (self.decode_params,), tokens, lengths),
+            mesh=self.decode_mesh,
+            holds={"weights for decoding": self.decode_params},
             resident=self._training_state(),
             model_flops=flops,
             ideal_flops=flops,
@@ -293,15 +298,18 @@ class _Run:
         rollout, steps = self.config.rollout, self.config.rollout.chunk
         rows = self._at_once * rollout.n
         length = whole_pieces(whole_pieces(self.config.data.max_prompt) + rollout.max_response)
-        params = self._decode_params()
-        with jax.set_mesh(self.mesh):
-            made = jax.jit(empty_slots, static_argnums=(0, 1, 2)).lower((self.language,), rows, length)
-            state = self._laid_out(made)
-        stop, leave = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.whole) for shape in ((4,), ()))
+        mesh, params = self.decode_mesh, self.decode_params
+        with jax.set_mesh(mesh):
+            state = self._laid_out(jax.jit(empty_slots, static_argnums=(0, 1, 2)).lower((self.language,), rows, length))
+        stop, leave = (
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+            for shape in ((4,), ())
+        )
         flops = steps * ideal.decode_flops(self.model, rows, length)
         return self._compile(
             "rollout",
             lambda: advance.lower((self.language,), None, steps, 1, (params,), stop, leave, state),
+            mesh=mesh,
             holds={"weights for decoding": params, "KV cache": state.caches},
             resident=self._training_state(),
             model_flops=flops,
@@ -317,10 +325,6 @@ class _Run:
 
     def _training_state(self) -> dict[str, Any]:
         return {"params": self.params, "optimizer": self.state.opt_state, **self.reference}
-
-    def _decode_params(self) -> Any:
-        with jax.set_mesh(self.mesh):
-            return self._laid_out(jax.jit(self.language.prepare).lower(self.params))
 
     def _laid_out(self, lowered: Any) -> Any:
         """Shapes of a program's results, where the compiled program leaves them."""
@@ -353,8 +357,8 @@ class _Run:
     def _as(self, dtype: Any) -> Callable[[Any], Any]:
         return lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
 
-    def _compile(self, name: str, lower: Callable[[], Any], **options: Any) -> ProgramAccount:
-        return compile_program(name, lower, self.mesh, self.chip, text_to=self.text, **options)
+    def _compile(self, name: str, lower: Callable[[], Any], mesh: Mesh | None = None, **options: Any) -> ProgramAccount:
+        return compile_program(name, lower, mesh or self.mesh, self.chip, text_to=self.text, **options)
 
 
 if __name__ == "__main__":  # the inner process

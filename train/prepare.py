@@ -16,6 +16,7 @@ from rlvr_jax.data.problems import Problem
 from rlvr_jax.data.prompts import PromptSet, tokenize_prompts
 from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
+from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.models.config import QwenConfig, platform_dtype
 from rlvr_jax.models.hf import checkpoint_folder
 from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
@@ -46,6 +47,8 @@ class Job:
     train: PromptSet
     val: PromptSet | None
     mesh: Mesh
+    rollout_mesh: Mesh
+    """The same devices as decoding wants them."""
     record: dict
     """What a checkpoint is compared with: the configuration and a fingerprint of the training problems as tokens."""
     resume_from: int | None
@@ -109,6 +112,7 @@ def check(config: Config) -> Job:
         train=train,
         val=val,
         mesh=mesh,
+        rollout_mesh=decode_mesh(mesh, [model_config.num_kv_heads], config.rollout.tensor),
         record=record,
         resume_from=resumable(config.run_dir, record, MAY_CHANGE, defaults=config_dict(Config())),
     )

@@ -19,6 +19,7 @@ from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.sharding import constrain
 from rlvr_jax.typing import Array, Float, Int, Num
 
+CACHE_AXES = ("cache_rows", "kv_heads", None, "head_dim")  # logical names of its arrays, for `ShardingRules`
 _INT8_MAX = 127.0
 
 
@@ -93,12 +94,12 @@ def _shapes(config: QwenConfig, batch: int, length: int, dtype: Any) -> tuple[ja
 
 
 def constrain_cache(cache: KVCache) -> KVCache:
-    """Inside jit: rows over the mesh axes of the batch, heads over those of the kv heads."""
+    """Inside jit: rows over the mesh axes of the cache's rows, heads over those of the kv heads."""
     return jax.tree.map(_constrain, cache)
 
 
 def _constrain(x: jax.Array) -> jax.Array:
-    return jnp.asarray(constrain(x, *("batch", "kv_heads", None, "head_dim")[: x.ndim]))
+    return jnp.asarray(constrain(x, *CACHE_AXES[: x.ndim]))
 
 
 def grow_cache(cache: KVCache, length: int) -> KVCache:
@@ -153,7 +154,9 @@ def write_layer(
     What is not finite is written as 0: a masked position has weight 0, but 0 times NaN is NaN, so that a poisoned row
     would spoil whoever uses its place in the cache after it.
     """
-    k, v = _finite(jnp.asarray(k_BTKH)), _finite(jnp.asarray(v_BTKH))
+    # Where the cache's rows lie in more parts than the batch, each writes its own.
+    k, v = (constrain(_finite(jnp.asarray(x)), "cache_rows", None, "kv_heads", "head_dim") for x in (k_BTKH, v_BTKH))
+    positions_BT = constrain(positions_BT, "cache_rows", None)
     k_scale, v_scale = cache.k_scale, cache.v_scale
     if k_scale is not None and v_scale is not None:
         k, k_scale_BTK = _quantise(k)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rlvr_jax.models import layers
 from rlvr_jax.models.cache import LayerCache
 from rlvr_jax.models.pallas_attention import fits, pallas_cached_attention
+from rlvr_jax.sharding import ROWS, constrain
 from rlvr_jax.typing import Array, Float, Int
 
 CHUNK = 256
@@ -54,10 +55,19 @@ def cached_attention(
       [B, T, N, H] in the dtype of the queries; scores, softmax and sums are float32.
     """
     in_chunks = partial(_in_chunks, chunk=chunk)
+    mesh = jax.sharding.get_abstract_mesh()
+    if ROWS in mesh.shape:  # to where the cache is, and back
+        q_BTNH = constrain(q_BTNH, "cache_rows", None, "kv_heads", "head_dim")
+        positions_BT = constrain(positions_BT, "cache_rows", None)
     arguments = jax.tree.map(jnp.asarray, (q_BTNH, cache, positions_BT, chunks))
-    if not fits(jax.sharding.get_abstract_mesh(), q_BTNH.shape, cache.k.shape):
-        return in_chunks(*arguments)
-    return jax.lax.platform_dependent(*arguments, tpu=_on_tpu, default=in_chunks)
+    if fits(mesh, q_BTNH.shape, cache.k.shape):
+        out_BTNH = jax.lax.platform_dependent(*arguments, tpu=_on_tpu, default=in_chunks)
+    else:
+        out_BTNH = in_chunks(*arguments)
+    if ROWS in mesh.shape:
+        out_BTNH = constrain(out_BTNH, "cache_rows", None, "kv_heads", "head_dim")
+        out_BTNH = constrain(out_BTNH, "batch", None, "heads", "head_dim")
+    return jnp.asarray(out_BTNH)
 
 
 def _on_tpu(q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array, chunks: jax.Array) -> jax.Array:

@@ -216,7 +216,7 @@ def project_qkv(
     if "qkv" in p:
         q, k, v = _joined_qkv(p, y_BTD, head_dim=2 * cos_BTh.shape[-1])
     else:
-        q, k, v = (_to_heads(y_BTD, p[f"{name}_proj"]) for name in "qkv")
+        q, k, v = (_to_heads(y_BTD, p[f"{name}_proj"], 2 * cos_BTh.shape[-1]) for name in "qkv")
     if "q_bias" in p:
         q, k, v = (y + p[f"{name}_bias"].astype(y.dtype) for name, y in zip("qkv", (q, k, v), strict=True))
     if "q_norm" in p:
@@ -226,8 +226,9 @@ def project_qkv(
     return q, k, constrain(v, "batch", "time", "kv_heads", "head_dim")
 
 
-def _to_heads(y_BTD: Array, w_DNH: Array) -> jax.Array:
-    return dense(y_BTD, w_DNH.reshape(w_DNH.shape[0], -1)).reshape(*y_BTD.shape[:2], *w_DNH.shape[1:])
+def _to_heads(y_BTD: Array, w: Array, head_dim: int) -> jax.Array:
+    """For w [D, N, H], or [D, N H] as decoding keeps it."""
+    return dense(y_BTD, w.reshape(w.shape[0], -1)).reshape(*y_BTD.shape[:2], -1, head_dim)
 
 
 def _joined_qkv(p: LayerParams, y_BTD: Array, head_dim: int) -> list[jax.Array]:

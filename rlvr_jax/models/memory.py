@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.decode_weights import prepared_shapes
 from rlvr_jax.models.qwen import ParamSpec, param_specs
 from rlvr_jax.sharding import DEFAULT_RULES
 
@@ -25,3 +26,11 @@ def weight_bytes(model: QwenConfig, dtype: str, mesh: Mesh | AbstractMesh | None
             ways = math.prod(mesh.shape[name] for name in names)
         parts += math.prod(spec.shape) // ways
     return parts * jnp.dtype(dtype).itemsize
+
+
+def decode_weight_bytes(model: QwenConfig, dtype: str, mesh: Mesh | AbstractMesh | None) -> int:
+    """Bytes a device of the parameters as decoding keeps them on its mesh (`decode_layout.decode_mesh`)."""
+    if mesh is None:
+        return weight_bytes(model, dtype, None)
+    shapes = jax.tree.leaves(prepared_shapes(model, mesh))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in shapes) * jnp.dtype(dtype).itemsize

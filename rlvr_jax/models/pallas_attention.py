@@ -52,7 +52,7 @@ def pallas_cached_attention(
 ) -> Float[Array, "B T N H"]:
     """`softmax(q k^T / sqrt(H)) v` where the query at position p sees the cache indices up to p; N / K heads a kv head.
 
-    Under an ambient mesh it runs in a `shard_map`: rows over the batch's axes, kv heads over theirs.
+    Under an ambient mesh it runs in a `shard_map`: rows over the axes of the cache's rows, kv heads over theirs.
 
     Args:
       q_BTNH: rotated queries, T at most `MAX_QUERIES`.
@@ -81,7 +81,7 @@ def pallas_cached_attention(
     arrays = [jnp.asarray(x) for x in (q_BTNH, k_BKSH, v_BKSH, positions_BT, *scales)]
     if mesh.empty or mesh.manual_axes:  # inside somebody's shard_map the arrays are local already
         return run(*arrays)
-    spec = DEFAULT_RULES.fitting_spec(mesh, ("batch", "kv_heads", None, None), k_BKSH.shape)
+    spec = DEFAULT_RULES.fitting_spec(mesh, ("cache_rows", "kv_heads", None, None), k_BKSH.shape)
     rows, heads = spec[0], spec[1]
     q_spec, rows_spec = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
     in_specs = (q_spec, spec, spec, rows_spec, *[PartitionSpec(rows, heads, None) for _ in scales])
