@@ -16,8 +16,10 @@ from rlvr_jax.planning.chips import Chip
 from rlvr_jax.planning.collectives import Collective, collective, kind_of
 from rlvr_jax.planning.flops import dot_flops, kernel
 from rlvr_jax.planning.interconnect import Interconnect
+from rlvr_jax.planning.traffic import Traffic
 
-# Share of the peak FLOP/s that attention kernels are taken to reach: an assumption, not a measurement.
+# Share of the peak FLOP/s that kernels, and matrix products where the compiler estimates no time, are taken to reach:
+# an assumption, not a measurement.
 KERNEL_EFFICIENCY = 0.6
 
 
@@ -66,7 +68,9 @@ class Account:
     Attributes:
       memory: the compiler's account.
       dot_flops: of matrix products and convolutions. kernels: those that XLA does not see into.
-      fusion_s: the compiler's estimate of everything but kernels and collectives; 0 where it gives none (CUDA).
+      fusion_s: everything but kernels and collectives: the compiler's estimate, where it gives none `roofline_s`.
+      roofline_s: the same, each instruction by its FLOPs at `KERNEL_EFFICIENCY` of the peak or its bytes at the
+        memory's bandwidth, whichever takes longer. traffic: these bytes.
       kernel_s: FLOPs of the kernels at `KERNEL_EFFICIENCY` of the peak, or their bytes at the memory's bandwidth.
       collective_s: bytes of the collectives at the links' rate, one after the other.
       hidden_s: of those, what is started and waited for apart, so that other work may run meanwhile.
@@ -79,6 +83,8 @@ class Account:
     dot_flops: float
     kernels: tuple[KernelUse, ...]
     fusion_s: float
+    roofline_s: float
+    traffic: float
     kernel_s: float
     collective_s: float
     hidden_s: float
@@ -152,7 +158,8 @@ def account_text(
     module = hlo.parse(text)
     uses, unknown = module.uses(unknown_trips, smallest_branch=smallest_branch)
     shape = dict(mesh.shape)
-    flops = cycles = 0.0
+    flops = cycles = roofline = moved = 0.0
+    traffic, inner = Traffic(module), _inner_flops(module)
     found: dict[str, Collective] = {}
     kernels: dict[str, KernelUse] = {}
     parts: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
@@ -173,19 +180,31 @@ def account_text(
                     flops=before.flops + one.flops * use.times,
                     size=before.size + one.size * use.times,
                 )
+            if not use.fused and not kind_of(x):
+                size = traffic.bytes(name, x)
+                once = dot_flops(module, name, x) + (
+                    inner[dict(hlo.called(x))["calls"]] if x.opcode == "fusion" else 0.0
+                )
+                seconds = max(once / (KERNEL_EFFICIENCY * chip.flops), size / chip.bandwidth) * use.times
+                moved, roofline = moved + float(size) * use.times, roofline + seconds
+                if not chip.clock and seconds:
+                    part = parts[x.op_name, ""]
+                    part[0], part[2] = part[0] + use.times, part[2] + seconds
             if not use.fused and x.cycles:
                 cycles += x.cycles * use.times
                 part = parts[x.op_name, ""]
                 part[0], part[2] = part[0] + use.times, part[2] + x.cycles * use.times
     interconnect = Interconnect.of(mesh, chip)
     times = {key: interconnect.seconds(x) for key, x in found.items()}
-    clock = chip.clock or float("inf")
+    clock = chip.clock or 1.0
     every = [Part(op, kind, int(n), f, c / clock) for (op, kind), (n, f, c) in parts.items()]
     return Account(
         memory=memory,
         dot_flops=flops,
         kernels=tuple(kernels.values()),
-        fusion_s=float(cycles / clock),
+        fusion_s=float(cycles / clock) if chip.clock else roofline,
+        roofline_s=roofline,
+        traffic=moved,
         kernel_s=math.fsum(
             max(x.flops / (KERNEL_EFFICIENCY * chip.flops), x.size / chip.bandwidth) for x in kernels.values()
         ),
@@ -196,6 +215,17 @@ def account_text(
         parts=tuple(sorted(every, key=lambda part: (-part.seconds, -part.flops))[:largest]),
         unknown_loops=tuple(unknown),
     )
+
+
+def _inner_flops(module: hlo.Module) -> dict[str, float]:
+    """FLOPs inside of each fusion, those of fusions in it included."""
+    found: dict[str, float] = defaultdict(float)
+    for name, inside in module.computations.items():  # callees first
+        if name in module.fused:
+            for x in inside.values():
+                found[name] += dot_flops(module, name, x)
+                found[name] += found[dict(hlo.called(x))["calls"]] if x.opcode == "fusion" else 0.0
+    return found
 
 
 def _channel(x: hlo.Instruction) -> str:

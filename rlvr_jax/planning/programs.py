@@ -37,12 +37,11 @@ class ProgramAccount:
       chip_memory: what a chip has.
       flops: FLOPs a chip, of matrix products and kernels. kernels: of the kernels alone, by name.
       model_flops, ideal_flops: what the work is by itself, and with what the remat policy computes again; a chip.
-      fusion_s, kernel_s, collective_s: the parts of the estimate. A part that is None is not estimated.
+      fusion_s, kernel_s, collective_s: the parts of the estimate. roofline_s, traffic: see `account.Account`.
       overlapped_s: collectives that may run beside other work; included in collective_s.
       ideal_bytes: bytes a chip that must be read from memory at least; 0 where nobody said.
       collectives: rows of kind, axes, count, bytes that a chip sends, seconds.
       largest: rows of op_name, flops, seconds: what takes the longest among the fusions.
-      repeats: how often the program is run for the unit that `unit` names, or "" .
       compile_s: seconds that compiling took.
     """
 
@@ -57,7 +56,9 @@ class ProgramAccount:
     uncounted_kernels: list[str]
     model_flops: float
     ideal_flops: float
-    fusion_s: float | None
+    fusion_s: float
+    roofline_s: float
+    traffic: float
     kernel_s: float
     collective_s: float
     overlapped_s: float
@@ -74,14 +75,9 @@ class ProgramAccount:
         return self.peak <= self.chip_memory
 
     @property
-    def compute_s(self) -> float:
-        """Fusions and kernels; where the compiler estimates no fusions, their FLOPs at `account.KERNEL_EFFICIENCY`."""
-        return (self.fusion_s or 0.0) + self.kernel_s
-
-    @property
     def seconds(self) -> float:
         """The estimate: fusions, kernels and collectives one after the other."""
-        return self.compute_s + self.collective_s
+        return self.fusion_s + self.kernel_s + self.collective_s
 
     @property
     def mfu(self) -> float:
@@ -96,7 +92,7 @@ class ProgramAccount:
     @property
     def dominates(self) -> str:
         """What the estimated time is mostly: "fusions", "kernels" or "collectives"."""
-        parts = {"fusions": self.fusion_s or 0.0, "kernels": self.kernel_s, "collectives": self.collective_s}
+        parts = {"fusions": self.fusion_s, "kernels": self.kernel_s, "collectives": self.collective_s}
         return max(parts, key=lambda name: parts[name])
 
     def plain(self) -> dict[str, Any]:
@@ -169,6 +165,8 @@ def compile_program(
         model_flops=model_flops / mesh.size,
         ideal_flops=ideal_flops / mesh.size,
         fusion_s=got.fusion_s,
+        roofline_s=got.roofline_s,
+        traffic=got.traffic,
         kernel_s=got.kernel_s,
         collective_s=got.collective_s,
         overlapped_s=got.hidden_s,

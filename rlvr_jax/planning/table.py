@@ -12,9 +12,10 @@ from rlvr_jax.planning.programs import ProgramAccount
 _GIB = 1 << 30
 NOTE = (
     "Compiler's account and estimates, nothing was run. FLOPs: matrix products, and kernels by their shapes, causal "
-    "attention as half of the square. Estimated time: the compiler's cycles of the fusions, kernels at "
-    f"{KERNEL_EFFICIENCY:.0%} of the peak (an assumption) or at the memory's bandwidth, collectives at the rate of the "
-    "links, none beside another. A loop that may end early counts to its end, a cache as full."
+    "attention as half of the square. Estimated time: the compiler's cycles of the fusions (for CUDA, where it gives "
+    f"none, their FLOPs at {KERNEL_EFFICIENCY:.0%} of the peak or their bytes), kernels at {KERNEL_EFFICIENCY:.0%} of "
+    "the peak (an assumption) or at the memory's bandwidth, collectives at the rate of the links, none beside another. "
+    "A loop that may end early counts to its end, a cache as full."
 )
 
 
@@ -44,7 +45,8 @@ def table(programs: Sequence[ProgramAccount], title: str) -> Table:
     for axis in _ordered(axis for program in programs for axis in program.ideal_collectives):
         row(f"least over {axis}, GB", lambda x, axis=axis: _gb(x.ideal_collectives.get(axis)))
     made.add_section()
-    row("est. s, fusions", lambda x: "not estimated" if x.fusion_s is None else f"{x.fusion_s:.4f}")
+    row("est. s, fusions", lambda x: f"{x.fusion_s:.4f}")
+    row("by FLOPs and bytes alone", lambda x: f"{x.roofline_s:.4f}" if chip.clock else "")
     row("est. s, kernels", lambda x: f"{x.kernel_s:.4f}")
     row("est. s, collectives", lambda x: f"{x.collective_s:.4f}")
     row("that may overlap", lambda x: f"{x.overlapped_s:.4f}" if x.overlapped_s else "")
