@@ -9,13 +9,17 @@ import runpy
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import jax
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
+
+from rlvr_jax import distributed
 
 C = TypeVar("C")
 Job = TypeVar("Job")
@@ -99,22 +103,39 @@ def run_program(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], No
     Returns:
       0; 2 when `prepare` raises ValueError or OSError; 75 when `run` raises Preempted; 1 when it raises another
       RunError or OSError, or is interrupted; each with one sentence on stderr.
-      Any other exception propagates with its traceback.
+      Any other exception propagates with its traceback. One of several processes ends at once, with 69 where another
+      one is the cause (see `rlvr_jax.watch`).
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
     try:
+        code, sentence = _outcome(prepare, run)
+    except BaseException as error:
+        watch = distributed.cluster().watch
+        if watch is not None:  # the interpreter's own end would wait for processes that wait for this one
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                watch.troubled()
+            traceback.print_exception(error)
+            code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else RUN_ERROR
+            distributed.leave(code, f"{type(error).__name__}: {error}")
+        raise
+    return distributed.leave(code, sentence)
+
+
+def _outcome(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], None]) -> tuple[int, str]:
+    """Exit code, and why the other processes must stop too (empty: they need not, or know)."""
+    try:
         job = prepare(sys.argv[1:])
     except (ValueError, OSError) as error:
-        return _fail(error, USAGE_ERROR)
+        return _fail(error, USAGE_ERROR), str(error)
     try:
         run(job)
-    except Preempted as error:
-        return _fail(error, PREEMPTED)
+    except Preempted as error:  # which all agree on
+        return _fail(error, PREEMPTED), ""
     except (RunError, OSError) as error:
-        return _fail(error, RUN_ERROR)
+        return _fail(error, RUN_ERROR), str(error)
     except KeyboardInterrupt:
-        return _fail(RunError("interrupted; the same command goes on from what is saved"), RUN_ERROR)
-    return 0
+        return _fail(RunError("interrupted; the same command goes on from what is saved"), RUN_ERROR), "interrupted"
+    return 0, ""
 
 
 def config_dict(config: object) -> dict:

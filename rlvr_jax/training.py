@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlvr_jax.distributed import place
+
 Tree = Any
 Scalar = jax.Array
 Metrics = Mapping[str, tuple[Scalar, Scalar]]
@@ -202,7 +204,8 @@ def with_learning_rate(state: TrainState, learning_rate: float) -> TrainState:
     hyper = state.opt_state.hyperparams
     old = hyper["learning_rate"]
     # Committed to its devices or not, as the old one: the difference alone would compile the step again.
-    new = jax.device_put(np.asarray(learning_rate, old.dtype), old.sharding if old.committed else None)
+    new = np.asarray(learning_rate, old.dtype)
+    new = place(new, old.sharding) if old.committed else jax.device_put(new)
     return state.replace(opt_state=state.opt_state._replace(hyperparams=hyper | {"learning_rate": new}))
 
 

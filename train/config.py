@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from rlvr_jax.distributed import DistributedConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -229,11 +231,12 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
 # What may differ between a checkpoint and the run that continues it: none of it changes what is trained.
 MAY_CHANGE = (
-    *("run_dir", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "data.val"),
+    *("run_dir", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "distributed", "data.val"),
     *("model.remat", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk"),
     "rollout.tensor",
     *("algorithm.micro_batches", "algorithm.row_length"),

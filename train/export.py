@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from rlvr_jax.files import atomic_path
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import save_hf
@@ -47,6 +49,6 @@ def export(
         overwrite=True,
     )
     for name in TOKENIZER_FILES:
-        if tokenizer_folder is not None and (tokenizer_folder / name).is_file():
+        if jax.process_index() == 0 and tokenizer_folder is not None and (tokenizer_folder / name).is_file():
             with atomic_path(folder / name) as temporary:
                 shutil.copyfile(tokenizer_folder / name, temporary)

@@ -10,25 +10,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
 from rlvr_jax.checkpoint import Checkpoints
+from rlvr_jax.distributed import cluster
 from rlvr_jax.files import remove_leftovers, write_json
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import Preempted, Preemption, RunError, config_dict, console
-from rlvr_jax.rewards.pool import GraderPool, rule_version
+from rlvr_jax.rewards.pool import rule_version
 from train.ahead import Ahead, own_copy
 from train.bad_batch import STOP_AFTER, Skips, save_bad_batch
 from train.display import Display
 from train.evaluate import evaluate
 from train.export import export
-from train.groups import Group, Spool, from_plain, to_plain
+from train.groups import Group, from_plain, to_plain
 from train.metrics import MetricLog, plain, write_jsonl
 from train.prepare import Job, fingerprint
 from train.rollout import Collected, Collector, Decoder
 from train.step_metrics import PhaseClock, memory_metrics, phase_metrics
+from train.together import SharedPool, SharedSpool, require_same_groups
 from train.tokens import TokenTexts, token_rows
-from train.trackers import open_trackers
+from train.trackers import Tracker, open_trackers
 from train.trainer import Outcome, Trainer
 
 SHOWN = {
@@ -56,6 +59,8 @@ class _Run:
     def __init__(self, job: Job, stack: contextlib.ExitStack):
         config = job.config
         self.job, self.config, self.folder = job, config, Path(config.run_dir)
+        self.cluster = cluster()
+        self.cluster.phase("load", 0)
         self.decoder = Decoder(
             model=language_model(job.model_config),
             tokenizer=job.tokenizer,
@@ -64,20 +69,17 @@ class _Run:
             chunk=config.rollout.chunk,
             mesh=job.rollout_mesh,
         )
-        for name in (".", "generated", "rollouts", "eval"):
-            remove_leftovers(self.folder / name)
-        write_json(self.folder / "config.json", config_dict(config))
-        names, resume, reward = config.log.trackers, job.resume_from is not None, config.reward
-        where = {"project": config.log.project, "run_name": config.log.name}
-        trackers = open_trackers(stack, names, self.folder, config_dict(config), resume=resume, **where)
-        self.pool = stack.enter_context(GraderPool(reward.workers, reward.timeout_s, reward.memory_mb))
+        trackers = self._begin_files(stack) if self.cluster.main else []
+        reward = config.reward
+        self.pool = stack.enter_context(SharedPool(self.cluster, reward.workers, reward.timeout_s, reward.memory_mb))
         wanted = ("seed", "data", "rollout", "reward", "model", "algorithm", "optim", "data_sha256")
         files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in job.model_folder.glob("*.safetensors"))
         made_for = {name: job.record[name] for name in wanted} | {
             "files": files,
             "rule": rule_version(config.reward.rule),
         }
-        self.spool = Spool(
+        self.spool = SharedSpool(
+            self.cluster,
             self.folder / "generated" if config.checkpoint.generated else None,
             config.rollout.n,
             fingerprint(json.dumps(made_for, sort_keys=True).encode()),
@@ -94,19 +96,36 @@ class _Run:
         self.checkpoints = stack.enter_context(Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep))
         self.trainer_steps, self.skips = 0, Skips()
         self.preemption = stack.enter_context(Preemption())
+        if self.cluster.watch is not None:
+            self.cluster.watch.asked = lambda: self.preemption.asked
         self.ahead = stack.enter_context(Ahead(job.mesh)) if config.rollout.one_step_off else None
         self.counted = self.collector.counters
         if job.resume_from is not None:
             self._restore(job.resume_from)
-        self.metrics = MetricLog(
-            self.folder, after_step=job.resume_from, tensorboard=config.log.tensorboard, trackers=trackers
-        )
-        stack.callback(self.metrics.close)
+        self.metrics = None
+        if self.cluster.main:
+            self.metrics = MetricLog(
+                self.folder, after_step=job.resume_from, tensorboard=config.log.tensorboard, trackers=trackers
+            )
+            stack.callback(self.metrics.close)
+        self.evaluated = self.cluster.broadcast(self.metrics and self.metrics.last_step("eval"))
+        seen = console if self.cluster.main else Console(quiet=True)
         self.display = stack.enter_context(
-            Display(console, total=config.steps, done=self.trainer_steps, shown=SHOWN, share=self._share())
+            Display(seen, total=config.steps, done=self.trainer_steps, shown=SHOWN, share=self._share())
         )
         self.clock, self.token_texts = PhaseClock(), TokenTexts(job.tokenizer)
         self.exported_step = None
+
+    def _begin_files(self, stack: contextlib.ExitStack) -> list[Tracker]:
+        """The folder as a run finds it, and the trackers."""
+        config, resume = config_dict(self.config), self.job.resume_from is not None
+        for name in (".", "generated", "rollouts", "eval"):
+            remove_leftovers(self.folder / name)
+        write_json(self.folder / "config.json", config)
+        log = self.config.log
+        return open_trackers(
+            stack, log.trackers, self.folder, config, resume=resume, project=log.project, run_name=log.name
+        )
 
     def run(self) -> None:
         """Trainer steps until the steps or the data are used up; then the export."""
@@ -137,6 +156,7 @@ class _Run:
         self._interruptible("prepare")
         outside = self.clock.take()
         collected = self._collected(last)
+        require_same_groups(self.cluster, collected.groups, self.trainer_steps)
         if not collected.groups:
             return False
         self._phase("prepare")
@@ -149,8 +169,9 @@ class _Run:
         seconds = {"seconds_train": sum(training.values())} | phase_metrics(outside, collecting, training)
         skipped = {"skipped_in_a_row": self.skips.in_a_row, "skipped_total": self.skips.total}
         self._log("train", collected.metrics | outcome.metrics | skipped | seconds | memory_metrics())
-        self._dump(collected.groups, outcome)
-        if stop is not None:
+        if self.cluster.main:
+            self._dump(collected.groups, outcome)
+        if stop is not None and self.cluster.main:  # which tells the others
             self._stop_not_finite(collected.groups, outcome, stop)
         if self.ahead is None:
             self.position = self.collector.snapshot()
@@ -179,7 +200,8 @@ class _Run:
     def _interruptible(self, name: str) -> None:
         """A phase in which a run that is asked to end may do so at once, since the policy is that of the last step."""
         self._phase(name)
-        if self.preemption.asked:
+        watch = self.cluster.watch
+        if self.preemption.asked if watch is None else watch.stop_here():
             raise Preempted(name)
 
     def _preempted(self) -> str:
@@ -193,6 +215,7 @@ class _Run:
     def _phase(self, name: str) -> None:
         self.clock.phase(name)
         self.display.phase(name)
+        self.cluster.phase(name, self.trainer_steps)
 
     def _share(self) -> float:
         """Share of the run that is done: of its steps or of its epochs, whichever ends it first."""
@@ -202,7 +225,7 @@ class _Run:
     def _after_step(self, *, last: bool) -> None:
         """Evaluation, checkpoint and export, where they are due and not made yet."""
         config, step = self.config, self.trainer_steps
-        if config.eval.every and (last or step % config.eval.every == 0) and self.metrics.last_step("eval") != step:
+        if config.eval.every and (last or step % config.eval.every == 0) and self.evaluated != step:
             self._evaluate()
         every = config.checkpoint.every
         if (last or (every and step and step % every == 0)) and self.checkpoints.latest != step:
@@ -224,7 +247,9 @@ class _Run:
             self.config, self.decoder, self._rollout_params(), self.job.val, self.pool, self._interruptible
         )
         self._phase("log")
-        write_jsonl(self.folder / "eval" / f"step_{self.trainer_steps:06d}.jsonl", rows)
+        self.evaluated = self.trainer_steps
+        if self.metrics is not None:
+            write_jsonl(self.folder / "eval" / f"step_{self.trainer_steps:06d}.jsonl", rows)
         self._log("eval", metrics)
 
     def _log(self, kind: str, metrics: dict[str, Any]) -> None:
@@ -234,7 +259,8 @@ class _Run:
             **self.counted,
         }
         record = {"kind": kind} | counters | metrics
-        self.metrics.write(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
         if kind == "train":
             self.display.step(record, self._share())
         else:

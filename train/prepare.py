@@ -17,6 +17,7 @@ from rlvr_jax.data.prompts import PromptSet, tokenize_prompts
 from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.decode_layout import decode_mesh
+from rlvr_jax.distributed import cluster, initialize
 from rlvr_jax.models.config import QwenConfig, platform_dtype
 from rlvr_jax.models.hf import checkpoint_folder
 from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
@@ -28,6 +29,7 @@ from rlvr_jax.rewards.pool import RULES, GraderPool
 from rlvr_jax.sharding import make_mesh
 from train.config import MAY_CHANGE, Config, MeshConfig
 from train.evaluate import distinct
+from train.together import identity
 from train.trackers import tracker_module
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,10 @@ class Job:
 
 def prepare(argv: Sequence[str]) -> Job:
     """Reads the configuration and every input but the weights. Raises ValueError naming what is wrong."""
-    return check(configuration(argv))
+    config = configuration(argv)
+    check_values(config)
+    initialize(config.distributed)
+    return check(config)
 
 
 def configuration(argv: Sequence[str]) -> Config:
@@ -66,8 +71,9 @@ def configuration(argv: Sequence[str]) -> Config:
 
 
 def check(config: Config) -> Job:
-    """As `prepare`, from a configuration."""
+    """As `prepare`, from a configuration; together with the other processes, where there are some."""
     check_values(config)
+    cluster().phase("prepare")
     for name in config.log.trackers:
         tracker_module(name)
     for source in filter(None, (config.data.train, config.data.val if config.eval.every else None)):
@@ -100,9 +106,10 @@ def check(config: Config) -> Job:
     if config.rollout.one_step_off and mesh.size > 1:  # two programs with collectives at once may wait for each other
         raise ValueError(f"rollout.one_step_off on a mesh of {mesh.size} devices: expected one device")
     try_rule(config, train.problems)
-    record = config_dict(config) | {
+    record = {name: value for name, value in config_dict(config).items() if name != "distributed"} | {
         "data_sha256": fingerprint(json.dumps([train.tokens, [p.answer for p in train.problems]]).encode())
     }
+    cluster().require_same("the configuration, the training problems or the code", *identity(record))
     return Job(
         config=config,
         model_folder=folder,
@@ -343,10 +350,10 @@ def resumable(run_dir: str, record: dict, may_change: Sequence[str], *, defaults
     An option that is younger than the checkpoint had the value that it has in `defaults`.
     """
     folder = Path(run_dir) / "checkpoints"
-    if not folder.is_dir():
+    if not cluster().broadcast(folder.is_dir()):
         return None
     with Checkpoints(folder) as checkpoints:
-        step = checkpoints.latest
+        step = cluster().broadcast(checkpoints.latest)
         if step is not None:
             saved = _filled(checkpoints.host(step)["config"], defaults or {})
             require_same_config(saved, record, may_change=may_change)

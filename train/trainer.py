@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from rlvr_jax.data.prompts import PromptSet
+from rlvr_jax.distributed import place, to_host
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.rewards.overlong import overlong_penalty
 from rlvr_jax.sharding import ShardingRules
@@ -117,7 +118,7 @@ class Trainer:
         ref_logp_NR = None
         if self._reference is not None:
             ref_logp_NR, _ = self._scores(self._reference, packed, rows.response_NR.shape)
-        advantage_N, each_NR, loss_mask_NR, reweight_mask_NR = jax.device_get(
+        advantage_N, each_NR, loss_mask_NR, reweight_mask_NR = to_host(
             advantages(
                 config.algorithm,
                 *self._put(rows.score_N, rows.group_N, rows.response_NR, old_logp_NR, entropy_NR),
@@ -148,7 +149,7 @@ class Trainer:
             if number:  # one update waits while one is made: so the phase is true
                 jax.block_until_ready(made[number - 1])
                 on_phase(f"update {number}/{len(packed)} mini-batches")
-        made = jax.device_get(made)
+        made = to_host(made)
         on_phase("measure")
         metrics = _over_mini_batches(made)
 
@@ -260,7 +261,7 @@ class Trainer:
         """Importance weights [N, R] of the sampler's tokens under the policy that is about to be updated."""
         algorithm = self._config.algorithm
         arrays = self._put(old_logp_NR, rows.logp_NR, rows.response_NR)
-        return jax.device_get(importance(algorithm.importance, *arrays, np.float32(algorithm.importance_cap)))
+        return to_host(importance(algorithm.importance, *arrays, np.float32(algorithm.importance_cap)))
 
     def _scores(self, params: Any, packed: Sequence[PackedRows], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
         """Log-probs and entropies [N, R] under `params`, 0 beyond the responses."""
@@ -271,13 +272,13 @@ class Trainer:
         made = np.zeros((2, *shape), np.float32)
         for i, (rows, parts) in enumerate(zip(packed, scored, strict=True)):
             begin = i * self._mini_rows
-            for out_NR, values in zip(made, zip(*jax.device_get(parts), strict=True), strict=True):
+            for out_NR, values in zip(made, zip(*to_host(parts), strict=True), strict=True):
                 out_NR[begin : begin + len(rows.response_NR)] = rows.gather(np.concatenate(values))
         return tuple(made)
 
     def _put(self, *arrays: np.ndarray) -> list[jax.Array]:
         rules = ShardingRules()
-        return [jax.device_put(x, rules.sharding(self._mesh, ("batch", "time")[: x.ndim], x.shape)) for x in arrays]
+        return [place(x, rules.sharding(self._mesh, ("batch", "time")[: x.ndim], x.shape)) for x in arrays]
 
 
 def _over_mini_batches(made: list[dict[str, np.ndarray]]) -> dict[str, float]:

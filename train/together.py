@@ -1,0 +1,84 @@
+"""What several processes of a run do together: each grades its share, and all go on from the same groups."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import rlvr_jax
+import train
+from rlvr_jax.distributed import Cluster
+from rlvr_jax.program import RunError
+from rlvr_jax.rewards.pool import Graded, GraderPool
+from train.groups import Group, Spool, to_plain
+
+
+class SharedPool(GraderPool):
+    """A pool of each process; every one grades a part of the responses and gets the verdicts on all."""
+
+    def __init__(self, cluster: Cluster, *options: Any):
+        super().__init__(*options)
+        self._cluster = cluster
+
+    def grade(self, rule: str, responses: Sequence[str], answers: Sequence[str]) -> list[Graded]:
+        """See `GraderPool.grade`; all processes call it with the same arguments."""
+        index, size = self._cluster.index, self._cluster.size
+        begin, end = (len(responses) * i // size for i in (index, index + 1))
+        mine = super().grade(rule, responses[begin:end], answers[begin:end])
+        plain = json.dumps([[*verdict, verdict.score] for verdict in mine]).encode()
+        parts = self._cluster.all_gather("verdicts", plain)
+        return [Graded(*verdict) for part in parts for verdict in json.loads(part)]
+
+
+class SharedSpool(Spool):
+    """Written by process 0; a batch counts as there where all processes can read it, and read the same."""
+
+    def __init__(self, cluster: Cluster, folder: Path | None, n: int, run: str):
+        super().__init__(folder, n, run)
+        self._cluster = cluster
+
+    def save(self, number: int, trainer_step: int, groups: Sequence[Group], seconds: dict[str, float]) -> None:
+        """See `Spool.save`."""
+        if self._cluster.main:
+            super().save(number, trainer_step, groups, seconds)
+
+    def load(self, number: int, trainer_step: int) -> tuple[list[Group], dict[str, float]] | None:
+        """See `Spool.load`."""
+        found = super().load(number, trainer_step)
+        seen = "nothing" if found is None else _digest(found[0])
+        return found if set(self._cluster.all_gather("spool", seen.encode())) == {seen.encode()} else None
+
+    def discard(self, before: int) -> None:
+        """See `Spool.discard`."""
+        if self._cluster.main:
+            super().discard(before)
+
+
+def require_same_groups(cluster: Cluster, groups: Sequence[Group], trainer_step: int) -> None:
+    """Raises RunError where the processes would not train on the same groups."""
+    if cluster.size == 1:
+        return
+    try:
+        cluster.require_same(f"the groups of trainer step {trainer_step}", _digest(groups).encode())
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def identity(record: dict[str, Any]) -> Iterator[bytes]:
+    """What must be the same in all processes of a run before it begins: configuration, data, code."""
+    yield json.dumps(record, sort_keys=True, default=str).encode()
+    yield jax.__version__.encode()
+    for package in (rlvr_jax, train):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            yield path.read_bytes()
+
+
+def _digest(groups: Sequence[Group]) -> str:
+    plain, arrays = to_plain(groups)
+    digest = hashlib.sha256(json.dumps(plain).encode())
+    for name in sorted(arrays):
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
