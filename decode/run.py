@@ -25,6 +25,7 @@ from decode.sweep import resolve
 from decode.writer import Destination, Writer
 from rlvr_jax.decode_layout import DECODE_RULES, decode_mesh
 from rlvr_jax.decoding.memory import MemoryPlan
+from rlvr_jax.distributed import refuse_several
 from rlvr_jax.files import write_json
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.config import platform_dtype
@@ -58,7 +59,9 @@ class Job:
 
 def prepare(argv: Sequence[str]) -> Job:
     """A job from the command line. Raises ValueError or OSError for anything that can be known before long work."""
-    return check(parse_config(DecodeConfig, argv, prog="python -m decode", description=DESCRIPTION))
+    config = parse_config(DecodeConfig, argv, prog="python -m decode", description=DESCRIPTION)
+    refuse_several("python -m decode")
+    return check(config)
 
 
 def check(config: DecodeConfig) -> Job:

@@ -169,6 +169,14 @@ def initialize(config: DistributedConfig) -> Cluster:
     return _cluster
 
 
+def refuse_several(program: str) -> None:
+    """Raises ValueError where a launcher has started a program several times that runs as one process."""
+    if _several_here():
+        raise ValueError(
+            f"{program} runs as one process, and the environment says that this is one of several: start it once"
+        )
+
+
 def leave(code: int, sentence: str) -> int:
     """The end of a program that exits with `code`, having said `sentence`; does not return where others must stop too.
 

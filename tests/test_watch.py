@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from decode.run import prepare as decode_prepare
 from rlvr_jax import distributed, watch
 from rlvr_jax.distributed import Cluster, DistributedConfig, place, to_host
 from rlvr_jax.sharding import make_mesh
 from rlvr_jax.watch import PEER_LOST, Watch
+from train import sft
 
 
 class Store:
@@ -253,6 +255,13 @@ def test_an_incomplete_description_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ValueError, match=r"JAX_NUM_PROCESSES='two'"):
         distributed._described(DistributedConfig(coordinator="a:1", process=2))
+
+
+def test_programs_of_one_process_refuse_to_be_one_of_several(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    for prepare, flags in ((sft.prepare, ["--data", "d"]), (decode_prepare, ["--base", "b", "--rl", "r"])):
+        with pytest.raises(ValueError, match="runs as one process"):
+            prepare(flags)
 
 
 def test_arrays_there_and_back():

@@ -24,6 +24,7 @@ from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.prompts import prompt_batches
 from rlvr_jax.data.sft import encode_conversation, read_conversations
 from rlvr_jax.data.text import Tokenizer, load_tokenizer
+from rlvr_jax.distributed import refuse_several
 from rlvr_jax.files import write_json
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf
@@ -123,7 +124,9 @@ class SFTJob:
 
 def prepare(argv: Sequence[str]) -> SFTJob:
     """Reads the configuration and every input but the weights. Raises ValueError naming what is wrong."""
-    return check(parse_config(SFTConfig, argv, prog="python -m train.sft", description=__doc__ or ""))
+    config = parse_config(SFTConfig, argv, prog="python -m train.sft", description=__doc__ or "")
+    refuse_several("python -m train.sft")
+    return check(config)
 
 
 def check(config: SFTConfig) -> SFTJob:
