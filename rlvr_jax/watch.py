@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -189,7 +190,7 @@ class Watch:
         behind = [i for i, one in said.items() if one.progress == least]
         idle = min((said[i].idle_s for i in behind), default=0.0)
         if idle > self._hang_s:
-            others = "" if len(behind) == 1 else f", nor have {len(behind) - 1} others"
+            others = "" if len(behind) == 1 else f" (nor have {', '.join(map(str, behind[1:]))}: any may be the cause)"
             self._blame(behind[0], f"has made no progress for {idle:.0f} s{others}")
 
     def _blame(self, process: int, fault: str) -> None:
@@ -220,7 +221,7 @@ class Watch:
         """Ends this process. The first thread that comes here does it."""
         self._ending.acquire()  # never released
         if say:
-            os.write(2, f"error: {sentence} (this is process {self._index})\n".encode())
+            os.write(2, f"error: {sentence} (this is process {self._index}{_main_thread()})\n".encode())
         if self._lost != 0:  # through which all is told
             telling = threading.Thread(target=self._tell, args=(sentence if tell else None,), daemon=True)
             telling.start()
@@ -256,3 +257,11 @@ class Watch:
 
     def _libc(self) -> Any:
         return ctypes.CDLL(None)
+
+
+def _main_thread() -> str:
+    """Where the main thread is in code that is not a library's, for whoever looks for what hangs."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and "/python3" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return "" if frame is None else f", at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
