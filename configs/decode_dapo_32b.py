@@ -5,6 +5,10 @@ reports on AIME24 (Avg@32): replacement 51.67, the RL model 52.50, extrapolation
 AIME24 in any of its published schemas. The controls that are run with it have no published figure: gamma = 0, size
 without direction, each model alone, the RL model at other temperatures. --top-logprobs 50 is the published code's
 rule, which sees each model's 50 best log-probabilities.
+
+Two 32B models take 122 GiB in bfloat16, a full slot of 21,248 tokens 10.4 GiB. Both lie over all devices by default; a
+plan for 32 slots needs no accelerator: `python -m decode --config configs/decode_dapo_32b.py --plan v6e:4x4`.
+@@FITS@@
 """
 
 from decode.config import BOXED_SUFFIX, DecodeConfig, Grid

@@ -12,7 +12,7 @@ from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.generation import language_model
 from rlvr_jax.models import layers, qwen
 from rlvr_jax.models.cache import KVCache, LayerCache, cache_bytes, grow_cache, init_cache, insert_cache, write_layer
-from rlvr_jax.models.cached_attention import CHUNK, cached_attention, live_chunks
+from rlvr_jax.models.cached_attention import CHUNK, _scores_cuda, cached_attention, live_chunks
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.sharding import make_mesh
 
@@ -229,6 +229,11 @@ def test_the_program_copies_no_cache(width, dtype):
         _, _, operation = line.partition(" = ")
         if operation.split("{")[0].endswith(large):
             assert not any(f" {word}(" in operation for word in ("copy", "convert", "multiply", "transpose")), line
+
+
+def test_scores_do_not_depend_on_which_operand_the_keys_are():
+    q, k = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 3, 5, 4, 8), (2, 3, 7, 8)]))
+    np.testing.assert_allclose(_scores_cuda(q, k), layers.attention_scores(q, k), atol=1e-5)
 
 
 @pytest.mark.parametrize(

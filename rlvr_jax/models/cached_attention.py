@@ -110,7 +110,7 @@ def _fold_chunk(
 ) -> tuple[jax.Array, ...]:
     """One step of the running softmax: (largest score, sum of weights, weighted sum of values), all float32."""
     largest_BKGT, total_BKGT, out_BKGTH = carry
-    scores = layers.attention_scores(q_BKGTH, part.k) * (q_BKGTH.shape[-1] ** -0.5)
+    scores = _scores(q_BKGTH, part.k) * (q_BKGTH.shape[-1] ** -0.5)
     if part.k_scale is not None:
         scores = scores * part.k_scale[:, :, None, None]
     scores_BKGTC = jnp.where(mask_BTC[:, None, None], scores, _MASKED)
@@ -122,3 +122,14 @@ def _fold_chunk(
         weights_BKGTC = weights_BKGTC * part.v_scale[:, :, None, None]
     added = layers.einsum("BKGTS,BKSH->BKGTH", weights_BKGTC.astype(q_BKGTH.dtype), part.v, jnp.float32)
     return new_largest_BKGT, total_BKGT, out_BKGTH * shrink_BKGT[..., None] + added
+
+
+def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(q_BKGTH, k_BKSH, cuda=_scores_cuda, default=layers.attention_scores)
+
+
+def _scores_cuda(q_BKGTH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    # XLA wants a right operand transposed, and where it is cut out of a cache that a loop carries, it transposes all of
+    # the cache before the loop and back after it. As the left one the keys stay as they are.
+    scores_BKSGT = layers.einsum("BKSH,BKGTH->BKSGT", k_BKSH.astype(q_BKGTH.dtype), q_BKGTH, jnp.float32)
+    return jnp.moveaxis(jax.lax.optimization_barrier(scores_BKSGT), 2, 4)
