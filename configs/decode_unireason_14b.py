@@ -5,6 +5,9 @@ reports on AIME24 (Avg@32): replacement 54.06, the RL model 54.58, extrapolation
 AIME24 in any of its published schemas. The controls that are run with it have no published figure: gamma = 0, size
 without direction, each model alone, the RL model at other temperatures. --top-logprobs 50 is the published code's
 rule, which sees each model's 50 best log-probabilities.
+
+A plan for 32 slots needs no accelerator: `python -m decode --config configs/decode_unireason_14b.py --plan v6e:4x4`. On
+16 chips the decode program's peak is 17.0 GiB of 31.25.
 """
 
 from decode.config import BOXED_SUFFIX, DecodeConfig, Grid
