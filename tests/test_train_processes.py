@@ -191,7 +191,9 @@ def test_a_stopped_process(place, process):
 @pytest.mark.slow
 def test_a_main_thread_that_stands_still(place):
     """Both have begun the phase, so who is the cause is seen from where their main threads are."""
-    begun = start(place, place / "stuck", 2, (1, "score", 2, 0), distributed__hang_s=30)
+    begun = start(
+        place, place / "stuck", 2, (1, "score", 2, 0), distributed__hang_s=20
+    )  # sooner than gloo, which waits 30 s
     said = ended(begun)
     for code, err in said:
         assert code == PEER_LOST, err
