@@ -13,11 +13,12 @@ import sys
 
 from decode import compare, compiled
 from decode.run import prepare, run
+from rlvr_jax.planning import command
 from rlvr_jax.program import run_program
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compare"]:
         sys.exit(run_program(lambda argv: compare.prepare(argv[1:]), compare.run))
-    if compiled.FLAG in sys.argv[1:]:
+    if command.FLAG in sys.argv[1:]:
         sys.exit(run_program(compiled.prepare, compiled.plan))
     sys.exit(run_program(prepare, run))

@@ -6,18 +6,14 @@ and as many rows are decoded at once as `--slots` says (by default `n` times the
 FILE` writes it, `--plan-text FOLDER` keeps the compiled programs, `--plan-only decode,score` compiles some of them.
 """
 
-import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.console import Console
 
 from decode.config import DecodeConfig, MeshConfig, Setting
 from decode.sweep import resolve
@@ -33,14 +29,11 @@ from rlvr_jax.generation import language_model
 from rlvr_jax.models.cache import CACHE_AXES
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.decode_weights import prepared_shapes
-from rlvr_jax.planning import ideal, process
-from rlvr_jax.planning.models import PUBLISHED
+from rlvr_jax.planning import ideal
+from rlvr_jax.planning.command import Options, answer, architecture, ask
 from rlvr_jax.planning.programs import ProgramAccount, bytes_a_chip, compile_program, placed
-from rlvr_jax.planning.table import NOTE, table, warnings
-from rlvr_jax.planning.topology import Topology
-from rlvr_jax.program import RunError, config_dict, console, parse_config
+from rlvr_jax.program import config_dict, parse_config
 
-FLAG = "--plan"
 PROGRAMS = ("prefill", "insert", "decode", "score")
 PROMPT = 1_024
 BLOCK = 8  # drafted at a time where the configuration leaves it to the run
@@ -51,14 +44,10 @@ SCORE_TOKENS = 16_384
 class Request:
     """What is asked for: the setting that takes most (the pair, where there is one), its models, a topology."""
 
-    argv: tuple[str, ...]
     config: DecodeConfig
     setting: Setting
     models: dict[str, QwenConfig]
-    topology: Topology
-    only: tuple[str, ...]
-    json: Path | None
-    text: Path | None
+    options: Options
 
     @property
     def title(self) -> str:
@@ -67,7 +56,7 @@ class Request:
         models = " and ".join(str(getattr(config, role)) for role in self.models)
         cache = config.dtype if config.cache_dtype == "model" else config.cache_dtype
         return (
-            f"{models} on {self.topology.text}, {self.slots} rows x {self.length:,} tokens, cache in {cache}, "
+            f"{models} on {self.options.topology.text}, {self.slots} rows x {self.length:,} tokens, cache in {cache}, "
             f"blocks of {self.block}"
         )
 
@@ -94,71 +83,33 @@ class Request:
 
 def read(argv: Sequence[str]) -> Request:
     """From a command line. Raises ValueError for what is wrong with it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(FLAG, required=True)
-    parser.add_argument("--plan-json", type=Path)
-    parser.add_argument("--plan-text", type=Path)
-    parser.add_argument("--plan-only", default=",".join(PROGRAMS))
-    known, rest = parser.parse_known_args(list(argv))
-    topology, only = Topology.parse(known.plan), tuple(known.plan_only.split(","))
-    if unknown := set(only) - set(PROGRAMS):
-        raise ValueError(f"--plan-only {known.plan_only}: {sorted(unknown)[0]!r} is none of {', '.join(PROGRAMS)}")
-    config = resolve(parse_config(DecodeConfig, rest, prog="python -m decode", description=str(__doc__)))
+    options = Options.read(argv, PROGRAMS)
+    config = resolve(parse_config(DecodeConfig, options.rest, prog="python -m decode", description=str(__doc__)))
     config = dataclasses.replace(config, dtype=config.dtype or "bfloat16")  # as on every accelerator
     setting = next((setting for setting in config.settings if setting.model == "pair"), config.settings[0])
     roles = ("base", "rl") if setting.model == "pair" else (str(setting.model),)
-    models = {role: architecture(role, str(getattr(config, role)), str(config.dtype)) for role in roles}
+    models = {role: architecture(role, str(getattr(config, role)), dtype=str(config.dtype)) for role in roles}
     if len(models) < 2:
-        only = tuple(name for name in only if name != "score")
-    return Request(tuple(argv), config, setting, models, topology, only, known.plan_json, known.plan_text)
-
-
-def architecture(role: str, path: str, dtype: str) -> QwenConfig:
-    """The model of a role: of a folder with config.json, or of a published name. Raises ValueError for any other."""
-    if (Path(path) / "config.json").is_file():
-        return dataclasses.replace(QwenConfig.from_hf(path), dtype=dtype)
-    if path in PUBLISHED:
-        return dataclasses.replace(PUBLISHED[path], dtype=dtype)
-    raise ValueError(f"{role} = {path}: expected a folder with a config.json, or one of {', '.join(sorted(PUBLISHED))}")
+        options = dataclasses.replace(options, only=tuple(name for name in options.only if name != "score"))
+    return Request(config, setting, models, options)
 
 
 def prepare(argv: Sequence[str]) -> Request:
     """`read`, and the compiler must be there: else NoCompiler, a ValueError."""
     request = read(argv)
-    request.topology.settings()
-    request.topology.interpreter()
+    request.options.require_compiler()
     return request
 
 
 def plan(request: Request) -> None:
     """Compiles in another process, prints the table, writes the JSON. Raises RunError with the compiler's words."""
-    programs: list[ProgramAccount] = []
-    try:
-        for message in process.inside(request.topology, "decode.compiled", request.argv):
-            if "compiling" in message:
-                console.print(f"{request.topology.text}: compiling {message['compiling']} ...", highlight=False)
-            else:
-                programs.append(ProgramAccount.of(message["program"]))
-    except (ValueError, RuntimeError) as error:
-        raise RunError(str(error)) from error
-    out = Console(width=None if sys.stdout.isatty() else 140)
-    out.print(table(programs, request.title), NOTE, sep="\n", highlight=False)
-    advice = [
-        f"{program.name} does not fit: {suggestion(request, program)}" for program in programs if not program.fits
-    ]
-    for line in (*warnings(programs), *advice):
-        out.print(line, highlight=False, markup=False)
-    if request.json is not None:
-        made = {
-            "title": request.title,
-            "topology": request.topology.text,
-            "chips": request.topology.size,
-            "note": NOTE,
-            "advice": advice,
-            "programs": [program.plain() for program in programs],
-            "config": config_dict(request.config),
-        }
-        request.json.write_text(json.dumps(made, indent=1) + "\n")
+    ask(
+        "decode.compiled",
+        request.options,
+        request.title,
+        lambda program: suggestion(request, program),
+        config_dict(request.config),
+    )
 
 
 def suggestion(request: Request, program: ProgramAccount) -> str:
@@ -175,7 +126,7 @@ def compile_all(request: Request) -> Iterator[tuple[str, Callable[[], ProgramAcc
     """(name, compile) of each program that is asked for. Needs the compiler."""
     made = _Run(request)
     for name in PROGRAMS:
-        if name in request.only:
+        if name in request.options.only:
             yield name, getattr(made, name)
 
 
@@ -185,7 +136,7 @@ class _Run:
     def __init__(self, request: Request):
         self.request, self.configs = request, tuple(request.models.values())
         sizes: MeshConfig = request.config.mesh
-        given = request.topology.mesh({"data": sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor})
+        given = request.options.topology.mesh({"data": sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor})
         self.mesh: Mesh = decode_mesh(given, [config.num_kv_heads for config in self.configs])
         cache = None if request.config.cache_dtype == "model" else request.config.cache_dtype
         self.models = tuple(language_model(config, cache) for config in self.configs)
@@ -281,13 +232,10 @@ class _Run:
         return beside._replace(caches=caches)
 
     def _compile(self, name: str, lower: Callable[[], Any], **options: Any) -> ProgramAccount:
-        return compile_program(name, lower, self.mesh, self.request.topology.chip, text_to=self.request.text, **options)
+        return compile_program(
+            name, lower, self.mesh, self.request.options.topology.chip, text_to=self.request.options.text, **options
+        )
 
 
-if __name__ == "__main__":  # the inner process
-    try:
-        for program, compiled in compile_all(read(sys.argv[1:])):
-            process.say(compiling=program)
-            process.say(program=compiled().plain())
-    except ValueError as fault:
-        process.say(error=str(fault))
+if __name__ == "__main__":  # the compiler's process
+    answer(lambda: compile_all(read(sys.argv[1:])))

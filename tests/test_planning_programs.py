@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,8 +12,10 @@ from rlvr_jax.planning.chips import CHIPS
 from rlvr_jax.planning.collectives import Collective
 from rlvr_jax.planning.interconnect import Interconnect
 from rlvr_jax.planning.models import PUBLISHED
-from rlvr_jax.planning.programs import ProgramAccount
+from rlvr_jax.planning.programs import ProgramAccount, compile_program, placed, temporaries_refused
+from rlvr_jax.planning.table import table
 from rlvr_jax.planning.topology import NoCompiler, Topology
+from rlvr_jax.sharding import make_mesh
 from tests.small_program import INNER, LAYERS, ROWS, WIDTH
 from train import plan
 
@@ -102,6 +105,25 @@ def test_what_is_wrong_is_said_before_anything_is_compiled(run, monkeypatch):
         plan.prepare([*run, "--plan", "v6e:2x2"])
     with pytest.raises(NoCompiler, match="make cuda-compiler"):
         plan.prepare([*run, "--plan", "cuda:1x1x4"])
+
+
+def test_what_the_compiler_refuses():
+    used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 51.5G of 31.25G hbm. Exceeded by 20G."
+    assert temporaries_refused(used, 1 << 30) == int(50.5 * 2**30)
+    named = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (32.00G) exceeds available HBM (31.25G)."
+    assert temporaries_refused(named, 1 << 30) == 32 << 30
+    assert temporaries_refused("INTERNAL: Used 3G", 0) is None
+
+    def refuse():
+        raise jax.errors.JaxRuntimeError(used)
+
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    params = placed(mesh, (1024, 1024), "float32", ("embed", "ffn"))
+    made = compile_program("large", refuse, mesh, CHIPS["v6e"], holds={"params": params})
+    assert not made.fits
+    assert made.kinds == {"params": 1 << 20, "temporaries": int(51.5 * 2**30) - (1 << 20)}
+    assert ProgramAccount.of(made.plain()) == made
+    assert table([made], "a plan").row_count
 
 
 def test_ideal_flops_by_hand():

@@ -7,6 +7,7 @@ With `--plan v5p:4x4x4` its programs are compiled for that topology, and what th
 
 import sys
 
+from rlvr_jax.planning import command
 from rlvr_jax.program import run_program
 from train import plan
 from train.dry_run import FLAG, dry_run
@@ -18,7 +19,7 @@ if __name__ == "__main__":
         sys.exit(run_program(lambda argv: report.prepare(argv[1:]), report.run))
     if FLAG in sys.argv[1:]:
         sys.exit(run_program(dry_run, lambda _: None))
-    if plan.FLAG in sys.argv[1:]:
+    if command.FLAG in sys.argv[1:]:
         sys.exit(run_program(plan.prepare, plan.plan))
     from train.loop import run
     from train.prepare import prepare

@@ -6,18 +6,14 @@ model's name. What is compiled is what the trainer runs (`train.programs`, `rlvr
 writes it, `--plan-text FOLDER` keeps the compiled programs, `--plan-only update,score` compiles some of them.
 """
 
-import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.console import Console
 
 from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.decoding.batch import whole_pieces
@@ -27,139 +23,73 @@ from rlvr_jax.decoding.steps import advance
 from rlvr_jax.generation import language_model
 from rlvr_jax.models import decode_weights, qwen
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.planning import ideal, process
-from rlvr_jax.planning.models import PUBLISHED
+from rlvr_jax.planning import ideal
+from rlvr_jax.planning.command import Options, answer, architecture, ask
 from rlvr_jax.planning.programs import ProgramAccount, bytes_a_chip, compile_program, placed
-from rlvr_jax.planning.table import NOTE, table, warnings
-from rlvr_jax.planning.topology import Topology, fill
-from rlvr_jax.program import RunError, config_dict, console
+from rlvr_jax.planning.topology import fill
+from rlvr_jax.program import config_dict
 from rlvr_jax.sharding import MESH_AXES, batch_shards
 from train.config import Config
 from train.dapo import scalars
 from train.prepare import MICRO_ROWS, check_shards, configuration, micro_rows, value_faults
 from train.programs import loss_inputs, make_optimizer, make_programs, placed_like_params, row_length
 
-FLAG = "--plan"
 PROGRAMS = ("update", "optimizer", "score", "weights", "prefill", "rollout")
 _INTEGERS = ("loss_mask_BT", "reweight_mask_BT", "response_BT")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked for: a checked configuration, its model, a topology."""
+    """What is asked for: a checked configuration, its model, the plan's own options."""
 
-    argv: tuple[str, ...]
     config: Config
     model: QwenConfig
-    topology: Topology
-    only: tuple[str, ...]
-    json: Path | None
-    text: Path | None
+    options: Options
+
+    @property
+    def title(self) -> str:
+        """What is compiled for what."""
+        config, topology = self.config, self.options.topology
+        sizes = fill({axis: getattr(config.mesh, axis) for axis in MESH_AXES}, topology.size, topology.text)
+        mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+        rows = f"{micro_rows(config)} rows x {row_length(config, config.data.max_prompt):,} tokens"
+        return f"{config.model.path} on {topology.text} ({mesh or 'one chip'}), {rows}, remat {self.model.remat}"
 
 
 def read(argv: Sequence[str]) -> Request:
-    """From a command line. Raises ValueError for what is wrong with it, NoCompiler (a ValueError) at once."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(FLAG, required=True)
-    parser.add_argument("--plan-json", type=Path)
-    parser.add_argument("--plan-text", type=Path)
-    parser.add_argument("--plan-only", default=",".join(PROGRAMS))
-    known, rest = parser.parse_known_args(list(argv))
-    topology, only = Topology.parse(known.plan), tuple(known.plan_only.split(","))
-    if unknown := set(only) - set(PROGRAMS):
-        raise ValueError(f"--plan-only {known.plan_only}: {sorted(unknown)[0]!r} is none of {', '.join(PROGRAMS)}")
-    config = configuration(rest)
+    """From a command line. Raises ValueError for what is wrong with it."""
+    options = Options.read(argv, PROGRAMS)
+    config = configuration(options.rest)
     faults = [fault for fault in value_faults(config) if not fault.startswith("data.train is empty")]
     if faults:
         raise ValueError(faults[0])
+    topology = options.topology
     sizes = fill({axis: getattr(config.mesh, axis) for axis in MESH_AXES}, topology.size, topology.text)
     check_shards(sizes["data"] * sizes["fsdp"], micro_rows(config), MICRO_ROWS)
-    return Request(tuple(argv), config, architecture(config), topology, only, known.plan_json, known.plan_text)
-
-
-def architecture(config: Config) -> QwenConfig:
-    """The model of a run: of a folder with config.json, or of a published name. Raises ValueError for any other."""
     choices: dict[str, Any] = {"remat": config.model.remat, "dtype": config.model.compute_dtype}
     if choices["dtype"] == "auto":  # as on every accelerator
         choices["dtype"] = "bfloat16"
     if config.model.max_position_embeddings is not None:
         choices["max_position_embeddings"] = config.model.max_position_embeddings
-    path = config.model.path
-    if (Path(path) / "config.json").is_file():
-        return QwenConfig.from_hf(path, **choices)
-    if path in PUBLISHED:
-        return dataclasses.replace(PUBLISHED[path], **choices)
-    raise ValueError(
-        f"model.path={path}: expected a folder with a config.json, or one of {', '.join(sorted(PUBLISHED))}"
-    )
+    return Request(config, architecture("model.path", config.model.path, **choices), options)
 
 
 def prepare(argv: Sequence[str]) -> Request:
     """`read`, and the compiler must be there: else NoCompiler, a ValueError."""
     request = read(argv)
-    request.topology.settings()
-    request.topology.interpreter()
+    request.options.require_compiler()
     return request
 
 
 def plan(request: Request) -> None:
     """Compiles in another process, prints the table, writes the JSON. Raises RunError with the compiler's words."""
-    programs: list[ProgramAccount] = []
-    try:
-        for message in process.inside(request.topology, "train.plan", request.argv):
-            if "compiling" in message:
-                console.print(f"{request.topology.text}: compiling {message['compiling']} ...", highlight=False)
-            else:
-                programs.append(ProgramAccount.of(message["program"]))
-    except (ValueError, RuntimeError) as error:
-        raise RunError(str(error)) from error
-    made = Plan(request, tuple(programs))
-    made.show(Console(width=None if sys.stdout.isatty() else 140))
-    if request.json is not None:
-        request.json.write_text(json.dumps(made.plain(), indent=1) + "\n")
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A request and what its programs take."""
-
-    request: Request
-    programs: tuple[ProgramAccount, ...]
-
-    def show(self, out: Console) -> None:
-        """Prints the table, what it leaves out, and what might help where something does not fit."""
-        out.print(table(self.programs, self.title), NOTE, sep="\n", highlight=False)
-        for line in (*warnings(self.programs), *self.advice()):
-            out.print(line, highlight=False, markup=False)
-
-    @property
-    def title(self) -> str:
-        """What was compiled for what."""
-        config, model = self.request.config, self.request.model
-        sizes = fill({axis: getattr(config.mesh, axis) for axis in MESH_AXES}, self.request.topology.size, "")
-        mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
-        rows = f"{micro_rows(config)} rows x {row_length(config, config.data.max_prompt):,} tokens"
-        return (
-            f"{config.model.path} on {self.request.topology.text} ({mesh or 'one chip'}), {rows}, remat {model.remat}"
-        )
-
-    def advice(self) -> Iterator[str]:
-        """A sentence for each program that does not fit: what to change first."""
-        for program in self.programs:
-            if not program.fits:
-                yield f"{program.name} does not fit: {suggestion(self.request, program)}"
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON knows it."""
-        return {
-            "title": self.title,
-            "topology": self.request.topology.text,
-            "chips": self.request.topology.size,
-            "note": NOTE,
-            "advice": list(self.advice()),
-            "programs": [program.plain() for program in self.programs],
-            "config": config_dict(self.request.config),
-        }
+    ask(
+        "train.plan",
+        request.options,
+        request.title,
+        lambda program: suggestion(request, program),
+        config_dict(request.config),
+    )
 
 
 def suggestion(request: Request, program: ProgramAccount) -> str:
@@ -175,17 +105,17 @@ def suggestion(request: Request, program: ProgramAccount) -> str:
         return f"more --algorithm.micro-batches: {micro_rows(config)} rows pass through at once, {abs(shards)} would do"
     if config.model.remat != "full":
         return "--model.remat full"
-    if config.model.logprob_chunk > 1024 * request.topology.size:
-        return f"--model.logprob-chunk {1024 * request.topology.size}"
+    if config.model.logprob_chunk > 1024 * request.options.topology.size:
+        return f"--model.logprob-chunk {1024 * request.options.topology.size}"
     return "a larger --mesh.tensor (fewer heads and less of a layer on each chip), or a larger slice"
 
 
 def compile_all(request: Request) -> Iterator[tuple[str, Callable[[], ProgramAccount]]]:
     """(name, compile) of each program that is asked for, in the order of a trainer step. Needs the compiler."""
-    mesh = request.topology.mesh({axis: getattr(request.config.mesh, axis) for axis in MESH_AXES})
+    mesh = request.options.topology.mesh({axis: getattr(request.config.mesh, axis) for axis in MESH_AXES})
     made = _Run(request, mesh)
     for name in PROGRAMS:
-        if name in request.only:
+        if name in request.options.only:
             yield name, getattr(made, name)
 
 
@@ -194,7 +124,7 @@ class _Run:
 
     def __init__(self, request: Request, mesh: Mesh):
         config, model = request.config, request.model
-        self.config, self.model, self.mesh, self.chip = config, model, mesh, request.topology.chip
+        self.config, self.model, self.mesh, self.chip = config, model, mesh, request.options.topology.chip
         self.whole = NamedSharding(mesh, PartitionSpec())
         self.params = jax.tree.map(
             lambda spec: placed(mesh, spec.shape, jnp.float32, spec.axes),
@@ -209,7 +139,7 @@ class _Run:
         self.reference = {}
         if config.algorithm.needs_reference:
             self.reference = {"reference model": jax.tree.map(self._as(model.dtype), self.params)}
-        self.language, self.text = language_model(model), request.text
+        self.language, self.text = language_model(model), request.options.text
         self.decode_mesh = decode_mesh(mesh, [model.num_kv_heads], config.rollout.tensor)
         self.decode_params = decode_weights.prepared_shapes(model, self.decode_mesh)
 
@@ -361,10 +291,5 @@ class _Run:
         return compile_program(name, lower, mesh or self.mesh, self.chip, text_to=self.text, **options)
 
 
-if __name__ == "__main__":  # the inner process
-    try:
-        for program, compiled in compile_all(read(sys.argv[1:])):
-            process.say(compiling=program)
-            process.say(program=compiled().plain())
-    except ValueError as fault:
-        process.say(error=str(fault))
+if __name__ == "__main__":  # the compiler's process
+    answer(lambda: compile_all(read(sys.argv[1:])))

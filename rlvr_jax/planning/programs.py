@@ -12,6 +12,7 @@ Everything goes through plain dicts (`ProgramAccount.plain`), since it crosses f
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -138,17 +139,26 @@ def compile_program(
       smallest_branch: of a conditional the smallest branch runs, not the largest.
       compiler_options: of `.compile`.
       text_to: a folder that gets the compiled program as NAME.txt.
+
+    Returns:
+      What it takes. Where the compiler refuses it because it does not fit, its memory alone.
     """
-    with jax.set_mesh(mesh):
-        began = time.perf_counter()
-        compiled = lower().compile(compiler_options=dict(compiler_options or {}) or None)
-        took = time.perf_counter() - began
+    arguments = {kind: bytes_a_chip(tree) for kind, tree in (holds or {}).items()}
+    beside = {kind: bytes_a_chip(tree) for kind, tree in (resident or {}).items()}
+    began = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = lower().compile(compiler_options=dict(compiler_options or {}) or None)
+    except jax.errors.JaxRuntimeError as error:
+        if (temporaries := temporaries_refused(str(error), sum(arguments.values()))) is None:
+            raise
+        kinds = {**beside, **arguments, "temporaries": temporaries}
+        return _refused(name, mesh, chip, kinds, time.perf_counter() - began)
+    took = time.perf_counter() - began
     if text_to is not None:
         text_to.mkdir(parents=True, exist_ok=True)
         (text_to / f"{name}.txt").write_text(compiled.as_text() or "")
     got = account(compiled, mesh, chip, unknown_trips=unknown_trips, smallest_branch=smallest_branch)
-    arguments = {kind: bytes_a_chip(tree) for kind, tree in (holds or {}).items()}
-    beside = {kind: bytes_a_chip(tree) for kind, tree in (resident or {}).items()}
     rest = max(0, got.memory.argument - sum(arguments.values()))
     kinds = {**beside, **arguments, **({"other arguments": rest} if rest else {})}
     kinds["temporaries"] = max(0, got.memory.peak - got.memory.argument)
@@ -177,6 +187,29 @@ def compile_program(
         unknown_loops=list(got.unknown_loops),
         compile_s=took,
     )
+
+
+def temporaries_refused(message: str, arguments: int) -> int | None:
+    """Bytes of temporaries that a TPU compiler gave up at, from its message; None where it says something else.
+
+    It names the temporaries, or all that a program would use, arguments included.
+    """
+    found = re.search(r"(temporaries \(|Used )([\d.]+)([KMG])", message)
+    if "RESOURCE_EXHAUSTED" not in message or found is None:
+        return None
+    size = int(float(found[2]) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[found[3]])
+    return size if found[1].startswith("temporaries") else max(0, size - arguments)
+
+
+def _refused(name: str, mesh: Mesh, chip: Chip, kinds: dict[str, int], took: float) -> ProgramAccount:
+    """Of a program that the compiler gave up, since it needs more than the chip has: its memory, nothing else."""
+    empty: dict[str, Any] = {
+        field.name: {"dict": {}, "list": []}.get(str(field.type).split("[")[0], 0.0)
+        for field in dataclasses.fields(ProgramAccount)
+    }
+    known = {"name": name, "chip": chip.name, "chips": mesh.size, "chip_memory": chip.memory, "compile_s": took}
+    peak = max(sum(kinds.values()), chip.memory + 1)
+    return ProgramAccount(**(empty | known | {"kinds": kinds, "peak": peak}))
 
 
 def placed(
