@@ -66,7 +66,10 @@ def prepare(argv: Sequence[str]) -> Job:
 
 def configuration(argv: Sequence[str]) -> Config:
     """The configuration of a command line, not checked yet."""
-    description = "Trains a Qwen model with DAPO.\n\n--dry-run: check the files, print what the run would be and take."
+    description = (
+        "Trains a Qwen model with DAPO.\n\n--dry-run: check the files, print what the run would be and take.\n\n"
+        "--plan v5p:4x4x4: compile its programs for that topology and print what they would take there."
+    )
     return parse_config(Config, argv, prog="python -m train", description=description)
 
 
