@@ -222,7 +222,7 @@ class Watch:
         self._ending.acquire()  # never released
         if say:
             os.write(2, f"error: {sentence} (this is process {self._index}{_main_thread()})\n".encode())
-        if self._lost != 0:  # through which all is told
+        if self._lost != 0 or not self._index:  # through process 0 all is told
             telling = threading.Thread(target=self._tell, args=(sentence if tell else None,), daemon=True)
             telling.start()
             telling.join(min(_LINGER_S, self._timeout_s))
