@@ -12,38 +12,46 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlvr_jax.typing import Array
 
 log = logging.getLogger(__name__)
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 ROWS = "rows"  # of a decode mesh alone: see `decode_layout`
 MeshAxes = str | tuple[str, ...] | None
+_TILE = 3 * 128
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
     """Logical dimension name -> mesh axis, tuple of axes, or None (replicated).
 
-    The defaults are FSDP x tensor parallelism: parameters are split over `fsdp` along the model dimension and over
-    `tensor` along heads, feed-forward width and vocabulary; the batch is split over `data` and `fsdp`. The axis `rows`
-    is there in decode meshes alone, where it is the part of the tensor axis that kv heads are too few for.
+    The defaults are FSDP x sequence x tensor parallelism. Parameters are split over `fsdp` along the model dimension and
+    over `tensor` and `sequence` along heads, feed-forward width and vocabulary; where a layer of a training forward uses
+    them they are gathered over the axes `gathered`. The batch is split over `data` and `fsdp`, its tokens over
+    `sequence`, between layers over `residual` too. Within attention, which needs all tokens, `sequence` splits heads
+    instead (arXiv 2309.14509). The axis `rows` is there in decode meshes alone, where it is the part of the tensor axis
+    that kv heads are too few for.
     """
 
     batch: MeshAxes = ("data", "fsdp")
-    time: MeshAxes = None
+    time: MeshAxes = "sequence"
+    residual: MeshAxes = "tensor"
     act_embed: MeshAxes = None
     embed: MeshAxes = "fsdp"
-    heads: MeshAxes = ("tensor", ROWS)
-    kv_heads: MeshAxes = "tensor"
+    heads: MeshAxes = ("tensor", "sequence", ROWS)
+    kv_heads: MeshAxes = ("tensor", "sequence")
     head_dim: MeshAxes = None
-    ffn: MeshAxes = ("tensor", ROWS)
-    vocab: MeshAxes = ("tensor", ROWS)
+    ffn: MeshAxes = ("tensor", "sequence", ROWS)
+    vocab: MeshAxes = ("tensor", "sequence", ROWS)
     cache_rows: MeshAxes = ("data", "fsdp", ROWS)
     layers: MeshAxes = None
+    gathered: MeshAxes = ("data", "fsdp", "sequence")
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes of one logical name. Raises ValueError for a name that is not a field of the table."""
@@ -77,7 +85,7 @@ class ShardingRules:
         for name, size in zip(names, shape, strict=True):
             kept: list[str] = []
             for axis in self.axes(name):
-                if axis in used or axis not in mesh.shape or mesh.shape[axis] == 1:
+                if axis in used or axis not in mesh.shape or mesh.shape[axis] == 1 or size == 1:
                     continue
                 if size % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in kept)):
                     _log_replicated(name, size, axis, mesh.shape[axis])
@@ -88,16 +96,19 @@ class ShardingRules:
         return PartitionSpec(*entries)
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh with the axes `data`, `fsdp` and `tensor` (Auto axis types) over all devices, or over `devices`.
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, *, sequence: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Mesh with the axes `data`, `fsdp`, `sequence` and `tensor` (Auto axis types) over all devices, or over `devices`.
 
-    At most one size may be -1: it takes what the others leave. Use it as `with jax.set_mesh(make_mesh(...)):`.
+    At most one size may be -1: it takes what the others leave. Use it as `with jax.set_mesh(make_mesh(...)):`. Devices
+    of one tensor group are near one another; where there are several TPU slices, `data` (else `fsdp`) runs over them.
 
     Raises:
-      ValueError: sizes that do not multiply to the number of devices.
+      ValueError: sizes that do not multiply to the number of devices, or axes that cannot run over the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     bad = [f"{name}={size}" for name, size in sizes.items() if size < 1 and size != -1]
@@ -107,9 +118,21 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh {sizes} needs {known} devices (or a multiple, with a -1), there are {len(devices)}")
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    return Mesh(_grid(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _grid(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the mesh's shape, neighbours in the interconnect next to each other."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shape = tuple(sizes.values())
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    outer = next((name for name in ("data", "fsdp") if sizes[name] % slices == 0), None)
+    if outer is None:
+        raise ValueError(f"mesh {sizes}: data or fsdp must be a multiple of the {slices} slices")
+    inside = tuple(size // slices if name == outer else size for name, size in sizes.items())
+    across = tuple(slices if name == outer else 1 for name in sizes)
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
@@ -128,6 +151,59 @@ def constrain(x: Array, *names: str | None, rules: ShardingRules | None = None) 
 
 
 DEFAULT_RULES = ShardingRules()
+
+
+def gather(w: Array, *names: str | None) -> Array:
+    """Inside jit: a weight as the layer that uses it wants it, split by those axes alone that are not `gathered`."""
+    mesh = ambient_mesh()
+    if mesh is None:
+        return w
+    away = DEFAULT_RULES.axes("gathered")
+    entries = DEFAULT_RULES.fitting_spec(mesh, names, np.shape(w))
+    kept = (tuple(a for a in ((e,) if isinstance(e, str) else e or ()) if a not in away) for e in entries)
+    return jax.lax.with_sharding_constraint(w, PartitionSpec(*map(_entry, kept)))
+
+
+def ambient_mesh() -> AbstractMesh | None:
+    """The mesh over which a function may split its work by `jax.shard_map`: None on one device and inside of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
+
+
+def fitting_axes(mesh: Mesh | AbstractMesh | None, name: str, size: int) -> tuple[str, ...]:
+    """The mesh axes that split a dimension of this logical name and size; none without a mesh."""
+    if mesh is None:
+        return ()
+    (axes,) = DEFAULT_RULES.fitting_spec(mesh, (name,), (size,))
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def ways(axes: tuple[str, ...]) -> int:
+    """In how many parts the ambient mesh's `axes` split something."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+
+
+def dividing_axes(size: int, name: str, among: tuple[str, ...]) -> tuple[str, ...]:
+    """Those axes of a logical name that are `among` others, if together they divide `size`; else none."""
+    kept = tuple(axis for axis in DEFAULT_RULES.axes(name) if axis in among)
+    return kept if kept and size % ways(kept) == 0 else ()
+
+
+def whole_tiles(size: int) -> int:
+    """What a long dimension is filled up to so that the TPU compiler can sum an array into parts.
+
+    On a torus of three dimensions it wants a multiple of three times 128 lanes, and else sums the whole array.
+    """
+    return -(-size // _TILE) * _TILE if size >= 16 * _TILE else size
+
+
+def sum_into(x: Array, dimension: int, scattered: tuple[str, ...], axes: tuple[str, ...]) -> jax.Array:
+    """Inside `jax.shard_map`: the sum over mesh axes, of which `scattered` leave each device its part of a dimension."""
+    x = jnp.asarray(x)
+    if scattered:
+        x = jax.lax.psum_scatter(x, scattered, scatter_dimension=dimension, tiled=True)
+    whole = tuple(axis for axis in axes if axis not in scattered)
+    return jax.lax.psum(x, whole) if whole else x
 
 
 def _entry(axes: tuple[str, ...]) -> MeshAxes:

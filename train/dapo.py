@@ -38,8 +38,9 @@ def sequence_logprobs(apply: Apply, params: Any, tokens_BT: jax.Array, segment_B
     sequence means nothing, for it is scored after another sequence's last.
     """
     hidden_BTD, unembed_DV = apply(params, tokens_BT, None, segment_BT)
-    scored = chunked_logprobs(hidden_BTD[:, :-1], unembed_DV, tokens_BT[:, 1:], **options)
-    return jax.tree.map(lambda x_BT: jnp.pad(x_BT, ((0, 0), (1, 0))), scored)
+    # The last column has no target; it is scored all the same, so that the length stays one that devices can share.
+    scored = chunked_logprobs(hidden_BTD, unembed_DV, jnp.roll(tokens_BT, -1, axis=1), **options)
+    return jax.tree.map(lambda x_BT: jnp.roll(x_BT, 1, axis=1).at[:, 0].set(0.0), scored)
 
 
 def make_scorer(apply: Apply, *, chunk: int) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 logger = logging.getLogger(__name__)
 
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_REMAT = ("none", "full", "dots")
+_REMAT = ("none", "attention", "dots", "full")
+ATTENTIONS = ("auto", "plain", "chunked", "splash", "cudnn")
 _DTYPES = ("float32", "bfloat16", "float16")
 # Switches of other architectures or of storage formats. Each changes the numbers, so none may be passed over.
 _REFUSED_KEYS = {
@@ -100,7 +101,9 @@ class QwenConfig:
       dtype: compute dtype by name; None computes in the dtype of the parameters. Norms, softmax and rotary
         embeddings are float32 in any case, and logits are returned in float32.
       remat: what a training forward keeps for the backward pass: "none" keeps everything, "dots" the results of
-        weight matmuls, "full" only each layer's input.
+        weight matmuls, "attention" each layer's input and what attention gave, "full" only each layer's input.
+      attention: how a training forward computes attention: "auto" (what suits the platform), "plain", "chunked",
+        "splash" (TPU) or "cudnn" (NVIDIA GPUs); see `rlvr_jax.models.attention`.
 
     Raises:
       ValueError: naming the field, its value and what was expected.
@@ -124,6 +127,7 @@ class QwenConfig:
     initializer_range: float = 0.02
     dtype: str | None = None
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         widths = ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
@@ -141,6 +145,8 @@ class QwenConfig:
             raise ValueError(f"QwenConfig: rope_theta is {self.rope_theta!r}, expected a positive number")
         if self.remat not in _REMAT:
             raise ValueError(f"QwenConfig: remat is {self.remat!r}, expected one of {list(_REMAT)}")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"QwenConfig: attention is {self.attention!r}, expected one of {list(ATTENTIONS)}")
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise ValueError(f"QwenConfig: dtype is {self.dtype!r}, expected None or one of {list(_DTYPES)}")
 
@@ -218,7 +224,7 @@ class QwenConfig:
         """The content of config.json, in the keys of the published Qwen configs, which transformers 4 and 5 read.
 
         Returns:
-          A JSON-serialisable dict; `QwenConfig.from_hf` of it gives this config back but for `dtype` and `remat`.
+          A JSON-serialisable dict; `QwenConfig.from_hf` of it gives this config back but for `dtype`, `remat` and `attention`.
 
         Raises:
           ValueError: when the attention extras are not those of `model_type`, which no config.json can say.

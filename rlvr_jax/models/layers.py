@@ -8,17 +8,27 @@ TPU and recent GPUs is not the default.
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlvr_jax.models.config import YarnConfig
-from rlvr_jax.sharding import constrain
+from rlvr_jax.sharding import constrain, gather
 from rlvr_jax.typing import Array, Bool, Float, Int, Num
 
 LayerParams = Mapping[str, Array]
+
+
+class Layout(Protocol):
+    """Where the arrays of a layer lie on a mesh: see `tokens`."""
+
+    def place(self, x: Array, name: str | None = None, *, between: bool = False) -> Array: ...
+
+    def weight(self, *names: str | None) -> tuple[str | None, ...] | None: ...
+
+
 _FEW_ROWS = 256  # up to here reading the weights, or copying them, is a visible part of a matmul on CPU
 _MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite, forward and backward
 
@@ -29,27 +39,35 @@ def einsum(spec: str, x: Array, w: Array, out_dtype: Any = None) -> jax.Array:
     return jnp.einsum(spec, x, w.astype(x.dtype), precision=_precision(x), preferred_element_type=out_dtype)
 
 
-@jax.custom_vjp
-def dense(x: Float[Array, "*B I"], w_IO: Float[Array, "I O"]) -> Float[jax.Array, "*B O"]:
-    """`x w` as `einsum` does it, whose gradient in `w` on CPU moves as little as possible; reverse mode only.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dense(x: Float[Array, "*B I"], w: Float[Array, "*IO"], names: tuple[str | None, ...] | None) -> Float[jax.Array, "*B O"]:
+    """`x w` as `einsum` does it, w of shape [*I, *O] taken as a matrix [I, O]; reverse mode only.
 
-    XLA's CPU matmul wants its left operand with the summed dimension last, so one of x and the gradient is transposed:
-    left to itself the compiler takes the wider one, and computes what made it again, column by column.
+    On a mesh w is gathered as it is used, and its gradient is summed into parts laid out as w is: `names` are the
+    logical names of its dimensions (None: w is used as it lies). On CPU the gradient in w moves as little as possible: XLA's CPU matmul wants its
+    left operand with the summed dimension last, so one of x and the gradient is transposed; left to itself the compiler
+    takes the wider one, and computes what made it again, column by column.
     """
-    return einsum("...I,IO->...O", x, w_IO)
+    return einsum("...I,IO->...O", x, _matrix(x, w, names))
 
 
-def _dense_forward(x: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _matrix(x: Array, w: Array, names: tuple[str | None, ...] | None) -> jax.Array:
+    w = jnp.asarray(w).astype(x.dtype)
+    return jnp.asarray(w if names is None else gather(w, *names)).reshape(x.shape[-1], -1)
+
+
+def _dense_forward(x: jax.Array, w: jax.Array, names: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # Not `dense` again: a remat policy that keeps products would not see one in it.
-    return einsum("...I,IO->...O", x, w_IO), (x, w_IO)
+    return einsum("...I,IO->...O", x, _matrix(x, w, names)), (x, w)
 
 
-def _dense_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w_IO = saved
+def _dense_backward(names: Any, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
     dy = jax.lax.platform_dependent(dy, cpu=jax.lax.optimization_barrier, default=lambda dy: dy)
-    dx = einsum("...O,IO->...I", dy, w_IO)
+    dx = einsum("...O,IO->...I", dy, _matrix(x, w, names))
     dw_IO = jax.lax.platform_dependent(x, dy, cpu=_weight_gradient_cpu, default=_weight_gradient)
-    return dx, dw_IO.astype(w_IO.dtype)
+    dw = dw_IO.reshape(w.shape)
+    return dx, jnp.asarray(dw if names is None else constrain(dw, *names)).astype(w.dtype)
 
 
 def _weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -139,12 +157,12 @@ def rope_tables(
 
 
 def apply_rope(
-    x_BTNH: Float[Array, "B T N H"], cos_BTh: Float[Array, "B T h"], sin_BTh: Float[Array, "B T h"]
-) -> Float[Array, "B T N H"]:
+    x_NH: Float[Array, "*B N H"], cos_h: Float[Array, "*B h"], sin_h: Float[Array, "*B h"]
+) -> Float[Array, "*B N H"]:
     """Turns the pairs (i, i + H/2) of every head by the tables' angles, in float32, returned in the dtype of `x`."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BTh[:, :, None, :], sin_BTh[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    first, second = jnp.split(x_NH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_h[..., None, :], sin_h[..., None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_NH.dtype)
 
 
 def causal_mask(mask_BT: Int[Array, "B T"] | Bool[Array, "B T"] | Float[Array, "B T"] | None, length: int) -> jax.Array:
@@ -205,30 +223,36 @@ def attention(
 
 
 def project_qkv(
-    p: LayerParams, x_BTD: Float[Array, "B T D"], cos_BTh: Array, sin_BTh: Array, eps: float
+    p: LayerParams, x: Float[Array, "*B D"], cos: Array, sin: Array, eps: float, layout: Layout
 ) -> tuple[Array, Array, Array]:
     """Pre-norm, the three projections with whichever extras `p` holds (bias, q/k norm), rotary embeddings on q and k.
 
+    Args:
+      p: a layer's parameters.
+      x: activations of tokens, in one dimension or more. cos, sin: [*B, H / 2].
+      eps: of the norms.
+      layout: where activations and weights lie on the mesh.
+
     Returns:
-      q [B, T, N, H], k and v [B, T, K, H].
+      q [*B, N, H], k and v [*B, K, H].
     """
-    y_BTD = rms_norm(x_BTD, p["attn_norm"], eps)
+    y = layout.place(rms_norm(x, p["attn_norm"], eps))
     if "qkv" in p:
-        q, k, v = _joined_qkv(p, y_BTD, head_dim=2 * cos_BTh.shape[-1])
+        q, k, v = _joined_qkv(p, y, head_dim=2 * cos.shape[-1])
     else:
-        q, k, v = (_to_heads(y_BTD, p[f"{name}_proj"], 2 * cos_BTh.shape[-1]) for name in "qkv")
+        names = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
+        q, k, v = (_to_heads(y, p[f"{x}_proj"], name, 2 * cos.shape[-1], layout) for x, name in names.items())
     if "q_bias" in p:
         q, k, v = (y + p[f"{name}_bias"].astype(y.dtype) for name, y in zip("qkv", (q, k, v), strict=True))
     if "q_norm" in p:
         q, k = rms_norm(q, p["q_norm"], eps), rms_norm(k, p["k_norm"], eps)
-    q = constrain(apply_rope(q, cos_BTh, sin_BTh), "batch", "time", "heads", "head_dim")
-    k = constrain(apply_rope(k, cos_BTh, sin_BTh), "batch", "time", "kv_heads", "head_dim")
-    return q, k, constrain(v, "batch", "time", "kv_heads", "head_dim")
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
 
-def _to_heads(y_BTD: Array, w: Array, head_dim: int) -> jax.Array:
+def _to_heads(y: Array, w: Array, heads: str, head_dim: int, layout: Layout) -> Array:
     """For w [D, N, H], or [D, N H] as decoding keeps it."""
-    return dense(y_BTD, w.reshape(w.shape[0], -1)).reshape(*y_BTD.shape[:2], -1, head_dim)
+    projected = dense(y, w, layout.weight("embed", heads, "head_dim"))
+    return layout.place(projected.reshape(*y.shape[:-1], -1, head_dim), heads)
 
 
 def _joined_qkv(p: LayerParams, y_BTD: Array, head_dim: int) -> list[jax.Array]:
@@ -240,17 +264,23 @@ def _joined_qkv(p: LayerParams, y_BTD: Array, head_dim: int) -> list[jax.Array]:
     return jnp.split(heads, [num_heads, (num_heads + heads.shape[2]) // 2], axis=2)
 
 
-def finish_block(p: LayerParams, x_BTD: Float[Array, "B T D"], attended_BTNH: Array, eps: float) -> Array:
-    """The rest of a decoder layer after attention: output projection, residual, and the gated MLP with its residual."""
+def finish_block(
+    p: LayerParams, x: Float[Array, "*B D"], attended: Float[Array, "*B N H"], eps: float, layout: Layout
+) -> Array:
+    """The rest of a decoder layer after attention: output projection, residual, and the gated MLP with its residual.
+
+    Arguments are those of `project_qkv`.
+    """
     if "gate_up" in p:
-        x_BTD = x_BTD + linear(attended_BTNH.reshape(*x_BTD.shape[:2], -1), p["attn_out"])
-        gate_up = linear(rms_norm(x_BTD, p["mlp_norm"], eps), p["gate_up"])
-        gate_BTF, up_BTF = jnp.split(gate_up, 2, axis=-1)
-        return x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, p["mlp_out"])
-    o_proj = p["o_proj"].reshape(-1, x_BTD.shape[-1])
-    x_BTD = x_BTD + dense(attended_BTNH.reshape(*x_BTD.shape[:2], -1), o_proj)
-    x_BTD = constrain(x_BTD, "batch", "time", "act_embed")
-    y_BTD = rms_norm(x_BTD, p["mlp_norm"], eps)
-    gate_BTF = jax.nn.silu(dense(y_BTD, p["gate_proj"]))
-    hidden_BTF = constrain(gate_BTF * dense(y_BTD, p["up_proj"]), "batch", "time", "ffn")
-    return constrain(x_BTD + dense(hidden_BTF, p["down_proj"]), "batch", "time", "act_embed")
+        x = x + linear(attended.reshape(*x.shape[:-1], -1), p["attn_out"])
+        gate_up = linear(rms_norm(x, p["mlp_norm"], eps), p["gate_up"])
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return x + linear(jax.nn.silu(gate) * up, p["mlp_out"])
+    attended = layout.place(attended, "heads").reshape(*x.shape[:-1], -1)
+    projected = dense(attended, p["o_proj"], layout.weight("heads", "head_dim", "embed"))
+    x = x + layout.place(projected, between=True)
+    y = layout.place(rms_norm(x, p["mlp_norm"], eps))
+    into = layout.weight("embed", "ffn")
+    hidden = jax.nn.silu(dense(y, p["gate_proj"], into)) * dense(y, p["up_proj"], into)
+    down = dense(layout.place(hidden, "ffn"), p["down_proj"], layout.weight("ffn", "embed"))
+    return x + layout.place(down, between=True)

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rlvr_jax.models import layers
+from rlvr_jax.models import attention, layers
 from rlvr_jax.models.cache import KVCache, write_layer
 from rlvr_jax.models.cached_attention import cached_attention, live_chunks
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.embedding import embed_tokens
+from rlvr_jax.models.tokens import Batched, TokenLayout
 from rlvr_jax.sharding import constrain
 from rlvr_jax.typing import Array, Float, Int
 
@@ -20,6 +22,7 @@ Params = Mapping[str, Any]
 _UNROLLED = 8
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.SAVED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -107,15 +110,17 @@ class Block(nn.Module):
     config: QwenConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, cos_BTh: Array, sin_BTh: Array, mask_BTS: Array) -> tuple[Array, None]:
+    def __call__(
+        self, x_MD: Array, cos_Mh: Array, sin_Mh: Array, tokens_BT: Array, segment_BT: Array | None
+    ) -> tuple[Array, None]:
         p = {
             name: self.param(name, _initializer(self.config, spec.init), spec.shape, jnp.float32)
             for name, spec in layer_specs(self.config).items()
         }
-        eps = self.config.rms_norm_eps
-        q, k, v = layers.project_qkv(p, x_BTD, cos_BTh, sin_BTh, eps)
-        attended_BTNH = layers.attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask_BTS)
-        return layers.finish_block(p, x_BTD, attended_BTNH, eps), None
+        eps, layout = self.config.rms_norm_eps, TokenLayout.of(*tokens_BT.shape)
+        q, k, v = layers.project_qkv(p, layout.place(x_MD, between=True), cos_Mh, sin_Mh, eps, layout)
+        attended_MNH = attention.self_attention(q, k, v, segment_BT, layout, kind=self.config.attention)
+        return layers.finish_block(p, x_MD, attended_MNH, eps, layout), None
 
 
 class Qwen(nn.Module):
@@ -186,12 +191,11 @@ class Qwen(nn.Module):
             raise ValueError(f"mask_BT has shape {mask_BT.shape}, expected that of tokens_BT, {tokens_BT.shape}")
         if positions_BT is None:
             positions_BT = default_positions(tokens_BT, mask_BT)
-        cos_BTh, sin_BTh = _rope(self.config, positions_BT)
-        mask_BTS = layers.causal_mask(mask_BT, tokens_BT.shape[1])
-        # Gathered over fsdp before the look-up: otherwise GSPMD replicates what was looked up instead.
-        x_BTD = _embed(self.config, constrain(self.embed, "vocab", None), tokens_BT)
-        x_BTD, _ = self.layers(x_BTD, cos_BTh, sin_BTh, mask_BTS)
-        return layers.rms_norm(x_BTD, self.final_norm, self.config.rms_norm_eps)
+        layout = TokenLayout.of(*tokens_BT.shape)
+        cos_Mh, sin_Mh = (layout.flat(x_BTh) for x_BTh in _rope(self.config, positions_BT))
+        x_MD = embed_tokens(self.embed, tokens_BT, self.config.compute_dtype(self.embed.dtype), layout)
+        x_MD, _ = self.layers(x_MD, cos_Mh, sin_Mh, tokens_BT, mask_BT)
+        return layout.apart(layers.rms_norm(x_MD, self.final_norm, self.config.rms_norm_eps))
 
 
 def default_positions(tokens_BT: Array, mask_BT: Array | None) -> jax.Array:
@@ -268,11 +272,12 @@ def cached_hidden_states(
     cos_BTh, sin_BTh = _rope(config, positions_BT)
     chunks = live_chunks(positions_BT, cache.length)
     x_BTD = _embed(config, constrain(params["embed"], "vocab", None), tokens_BT)
-    written = []
+    written, layout = [], Batched()
     for p, layer in zip(params["layers"], cache.layers(), strict=True):
-        q, k, v = layers.project_qkv(p, x_BTD, cos_BTh, sin_BTh, eps)
+        q, k, v = layers.project_qkv(p, x_BTD, cos_BTh, sin_BTh, eps, layout)
         written.append(write_layer(layer, k, v, positions_BT))
-        x_BTD = layers.finish_block(p, x_BTD, cached_attention(q, written[-1], positions_BT, chunks), eps)
+        attended_BTNH = cached_attention(q, written[-1], positions_BT, chunks)
+        x_BTD = layers.finish_block(p, x_BTD, attended_BTNH, eps, layout)
     return layers.rms_norm(x_BTD, params["final_norm"], eps), KVCache.of_layers(written)
 
 

@@ -5,13 +5,19 @@ shifts once and `logp_BT[:, t]` scores token t given the tokens before it. Targe
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from rlvr_jax.direction import widen
+from rlvr_jax.sharding import DEFAULT_RULES, ambient_mesh, constrain, dividing_axes, fitting_axes, sum_into, ways, whole_tiles
 from rlvr_jax.typing import Array, Float, Int
+
+
+_MASKED = -1e30  # the score of what pads a vocabulary: finite, its weight is 0
 
 
 def token_logprobs(
@@ -47,9 +53,9 @@ def chunked_logprobs(
     (logp_BT, entropy_BT), the entropy in nats of the tempered distribution.
 
     `chunk` counts tokens over the whole (global) batch. A chunk is a slice of time that takes every row, so a batch
-    sharded over devices stays sharded inside each chunk. Under `jax.shard_map` it may be called on a device's rows,
-    with `unembed_DV` made varying first (`jax.lax.pcast`): its gradient is then summed over devices once, not in every
-    chunk.
+    sharded over devices stays sharded inside each chunk. Under an ambient mesh each device scores its own rows against
+    its part of the vocabulary: the unembedding is gathered once and its gradient summed over devices once, not in every
+    chunk, as the compiler would do it by itself.
     """
     _check_temperature(temperature)
     if chunk < 1:
@@ -61,89 +67,191 @@ def chunked_logprobs(
             "expected [B, T, D], [D, V] and [B, T]"
         )
     temperature = jnp.asarray(temperature, _accumulator(hidden_BTD))
-    scored = _score(hidden_BTD, unembed_DV, targets_BT, temperature, chunk=int(chunk), entropy=bool(entropy))
+    options = {"chunk": int(chunk), "entropy": bool(entropy)}
+    split = _split(hidden_BTD.shape[0])
+    scored = _score(hidden_BTD, unembed_DV, targets_BT, temperature, split=split, **options)
     return scored if entropy else scored[0]
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "entropy"))
-def _score(hidden_BTD, unembed_DV, targets_BT, temperature, *, chunk: int, entropy: bool) -> tuple[jax.Array, ...]:
-    """Lays the tokens out as [rows R, steps S] so that `width` steps of all rows make one chunk, and back."""
-    (B, T), D = targets_BT.shape, hidden_BTD.shape[-1]
-    if B * T == 0:
-        empty = jnp.zeros((B, T), temperature.dtype)
+class _Split(NamedTuple):
+    """How a mesh takes the work apart: mesh axes of the rows, of the vocabulary, and their sizes."""
+
+    rows: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ()
+    row_ways: int = 1
+    vocab_ways: int = 1
+
+
+def _split(rows: int) -> _Split:
+    mesh = ambient_mesh()
+    if mesh is None:
+        return _Split()
+    of_rows = fitting_axes(mesh, "batch", rows)
+    of_vocab = tuple(axis for axis in DEFAULT_RULES.axes("vocab") if mesh.shape.get(axis, 1) > 1)
+    return _Split(of_rows, of_vocab, ways(of_rows), ways(of_vocab))
+
+
+@functools.partial(jax.jit, static_argnames=("chunk", "entropy", "split"))
+def _score(hidden_BTD, unembed_DV, targets_BT, temperature, *, chunk: int, entropy: bool, split: _Split) -> tuple:
+    if targets_BT.size == 0:
+        empty = jnp.zeros(targets_BT.shape, temperature.dtype)
         return (empty, empty) if entropy else (empty,)
-    # More rows than a chunk holds: `fold` neighbouring rows follow one another in time.
-    fold = -(-B // chunk)
-    R, S = -(-B // fold), fold * T
-    chunks = -(-S // max(1, chunk // R))
-    width = -(-S // chunks)
-    hidden_RSD = jnp.pad(hidden_BTD, ((0, R * fold - B), (0, 0), (0, 0))).reshape(R, S, D)
-    targets_RS = jnp.pad(targets_BT, ((0, R * fold - B), (0, 0))).reshape(R, S)
-    extra = ((0, 0), (0, chunks * width - S))
-    hidden_RSD, targets_RS = jnp.pad(hidden_RSD, (*extra, (0, 0))), jnp.pad(targets_RS, extra)
-    # One temperature a row, because under shard_map its gradient varies over devices as the rows do.
-    temperature_R11 = temperature + jnp.zeros_like(hidden_RSD[:, :1, :1], temperature.dtype)
-    scored = _scan_chunks(hidden_RSD, unembed_DV, targets_RS, temperature_R11, width, entropy)
-    return tuple(x_RS[:, :S].reshape(R * fold, T)[:B] for x_RS in scored)
+    # Under shard_map its gradient varies over devices as the rows do.
+    temperature += jnp.zeros_like(hidden_BTD[0, 0, 0], temperature.dtype)
+    plan = _Plan(max(1, chunk // split.row_ways), entropy, unembed_DV.shape[1], split)
+    return _scored(hidden_BTD, unembed_DV, targets_BT, temperature, plan)
 
 
-def _forward(hidden_RSD, unembed_DV, targets_RS, temperature_R11, width: int, entropy: bool):
-    unembed = unembed_DV.astype(hidden_RSD.dtype)
+class _Plan(NamedTuple):
+    """What does not change under differentiation. `chunk`: tokens a device; `vocabulary`: without padding."""
 
-    def score_chunk(_, start):
-        scores_RCV = _scores(_slice(hidden_RSD, start, width), unembed, temperature_R11)
-        top_RC = jnp.max(scores_RCV, axis=-1)
+    chunk: int
+    entropy: bool
+    vocabulary: int
+    split: _Split
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _scored(hidden_BTD, unembed_DV, targets_BT, temperature, plan: _Plan) -> tuple[jax.Array, ...]:
+    return _forward(hidden_BTD, unembed_DV, targets_BT, temperature, plan)[0]
+
+
+def _forward(hidden_BTD, unembed_DV, targets_BT, temperature, plan: _Plan):
+    # Gathered here, once, and not where the gradient would be gathered too.
+    gathered_DV = constrain(unembed_DV.astype(hidden_BTD.dtype), "embed", "vocab")
+    if plan.vocabulary % plan.split.vocab_ways:
+        gathered_DV = jnp.pad(gathered_DV, ((0, 0), (0, -plan.vocabulary % plan.split.vocab_ways)))
+    gathered_DV = jax.lax.optimization_barrier(constrain(gathered_DV, None, "vocab"))
+    rows, vocab = plan.split.rows or None, plan.split.vocab or None
+    of_BT, (B, T) = PartitionSpec(rows, None), targets_BT.shape
+    single = _Chunks(B // plan.split.row_ways, T, plan.chunk).chunks == 1
+    kept = PartitionSpec(rows, None, vocab) if single else None
+    specs = PartitionSpec(rows, None, None), PartitionSpec(None, vocab), of_BT, PartitionSpec()
+    outs = ((of_BT,) * (2 if plan.entropy else 1), (of_BT, of_BT), kept)
+    local = functools.partial(_forward_local, plan=plan)
+    scored, sums, scores = _on_mesh(local, plan, specs, outs)(hidden_BTD, gathered_DV, targets_BT, temperature)
+    like = jnp.zeros((0,), unembed_DV.dtype)
+    return scored, (like, (hidden_BTD, gathered_DV, targets_BT, temperature, scored, sums, scores))
+
+
+def _backward(plan: _Plan, saved, cotangents):
+    like, saved = saved
+    hidden_BTD = saved[0]
+    rows, vocab = plan.split.rows or None, plan.split.vocab or None
+    of_BT, of_BTD, of_DV = PartitionSpec(rows, None), PartitionSpec(rows, None, None), PartitionSpec(None, vocab)
+    many = (of_BT,) * (2 if plan.entropy else 1)
+    kept = None if saved[-1] is None else PartitionSpec(rows, None, vocab)
+    specs = ((of_BTD, of_DV, of_BT, PartitionSpec(), many, (of_BT, of_BT), kept), many)
+    # Summed over devices into parts, where they divide: half the traffic, and what the rest of the backward pass wants.
+    over_time = dividing_axes(hidden_BTD.shape[1], "time", plan.split.vocab)
+    over_width = dividing_axes(hidden_BTD.shape[2], "embed", plan.split.rows)
+    outs = (PartitionSpec(rows, over_time or None, None), PartitionSpec(over_width or None, vocab), PartitionSpec())
+    local = functools.partial(_backward_local, plan=plan, over_time=over_time, over_width=over_width)
+    d_hidden_BTD, d_unembed_DV, d_temperature = _on_mesh(local, plan, specs, outs)(saved, cotangents)
+    return d_hidden_BTD, d_unembed_DV[:, : plan.vocabulary].astype(like.dtype), None, d_temperature
+
+
+_scored.defvjp(_forward, _backward)
+
+
+def _on_mesh(local, plan: _Plan, in_specs, out_specs):
+    if not plan.split.rows and not plan.split.vocab:
+        return local
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+class _Chunks:
+    """A device's arrays [B, T, ...] laid out as [chunks, R, width, ...], so that `width` steps of all rows are one."""
+
+    def __init__(self, rows: int, length: int, chunk: int):
+        self.B, self.T = rows, length
+        self.fold = -(-rows // chunk)  # more rows than a chunk holds: neighbouring rows follow one another in time
+        self.R = -(-rows // self.fold)
+        steps = self.fold * length
+        self.chunks = -(-steps // max(1, chunk // self.R))
+        self.width = -(-steps // self.chunks)
+
+    def cut(self, x_BT: jax.Array) -> jax.Array:
+        rest = x_BT.shape[2:]
+        x_BT = jnp.pad(x_BT, ((0, self.R * self.fold - self.B), *[(0, 0)] * (x_BT.ndim - 1)))
+        x_RS = x_BT.reshape(self.R, -1, *rest)
+        x_RS = jnp.pad(x_RS, ((0, 0), (0, self.chunks * self.width - x_RS.shape[1]), *[(0, 0)] * len(rest)))
+        return jnp.moveaxis(x_RS.reshape(self.R, self.chunks, self.width, *rest), 1, 0)
+
+    def join(self, x_nRC: jax.Array) -> jax.Array:
+        rest = x_nRC.shape[3:]
+        x_RS = jnp.moveaxis(x_nRC, 0, 1).reshape(self.R, -1, *rest)[:, : self.fold * self.T]
+        return x_RS.reshape(self.R * self.fold, self.T, *rest)[: self.B]
+
+
+def _forward_local(hidden_BTD, unembed_DV, targets_BT, temperature, *, plan: _Plan):
+    chunks, vocab = _Chunks(*targets_BT.shape, plan.chunk), plan.split.vocab
+
+    def score_chunk(_, part):
+        hidden_RCD, targets_RC = part
+        scores_RCV = _scores(hidden_RCD, unembed_DV, temperature, plan)
+        top_RC = _most(jnp.max(scores_RCV, axis=-1), vocab)
         shifted_RCV = scores_RCV - top_RC[..., None]
-        log_sum_RC = jnp.log(jnp.sum(jnp.exp(shifted_RCV), axis=-1))
         # A comparison fuses with the sums and splits over a sharded vocabulary; a gather does neither.
-        chosen_RC = jnp.sum(jnp.where(_is_target(targets_RS, start, width, scores_RCV), shifted_RCV, 0.0), axis=-1)
-        entropy_RC = None
-        if entropy:
-            p_RCV = jnp.exp(shifted_RCV - log_sum_RC[..., None])
-            entropy_RC = log_sum_RC - jnp.sum(p_RCV * shifted_RCV, axis=-1)
-        kept_RCV = scores_RCV if width == targets_RS.shape[1] else None
-        return None, (chosen_RC - log_sum_RC, top_RC, log_sum_RC, entropy_RC, kept_RCV)
+        chosen_RCV = jnp.where(_is_target(targets_RC, scores_RCV, plan), shifted_RCV, 0.0)
+        parts = [jnp.sum(jnp.exp(shifted_RCV), axis=-1), jnp.sum(chosen_RCV, axis=-1)]
+        if plan.entropy:
+            parts.append(jnp.sum(jnp.exp(shifted_RCV) * shifted_RCV, axis=-1))
+        sum_RC, chosen_RC, *weighted = _sum(parts, vocab)
+        log_sum_RC = jnp.log(sum_RC)
+        entropy = [log_sum_RC - weighted_RC / sum_RC for weighted_RC in weighted]
+        kept = scores_RCV if chunks.chunks == 1 else None
+        return None, ((chosen_RC - log_sum_RC, *entropy), (top_RC, log_sum_RC), kept)
 
-    _, stacked = jax.lax.scan(score_chunk, None, jnp.arange(0, targets_RS.shape[1], width))
-    logp_RS, top_RS, log_sum_RS, entropy_RS, scores_RSV = jax.tree.map(_unstack, stacked)
-    saved = (hidden_RSD, unembed_DV, targets_RS, temperature_R11, top_RS, log_sum_RS, entropy_RS, scores_RSV)
-    return (logp_RS, entropy_RS) if entropy else (logp_RS,), saved
+    _, made = jax.lax.scan(score_chunk, None, (chunks.cut(hidden_BTD), chunks.cut(targets_BT)))
+    return jax.tree.map(chunks.join, made)
 
 
-def _backward(width: int, entropy: bool, saved, cotangents):
-    hidden_RSD, unembed_DV, targets_RS, temperature_R11, top_RS, log_sum_RS, entropy_RS, scores_RSV = saved
-    unembed, accumulator = unembed_DV.astype(hidden_RSD.dtype), _accumulator(hidden_RSD)
-    d_logp_RS, *d_entropy_RS = cotangents
+def _backward_local(saved, cotangents, *, plan: _Plan, over_time: tuple[str, ...], over_width: tuple[str, ...]):
+    hidden_BTD, unembed_DV, targets_BT, temperature, scored, (top_BT, log_sum_BT), scores_BTV = saved
+    chunks, accumulator = _Chunks(*targets_BT.shape, plan.chunk), _accumulator(hidden_BTD)
 
-    def chunk_gradient(d_unembed_DV, start):
-        hidden_RCD = _slice(hidden_RSD, start, width)
-        scores_RCV = _scores(hidden_RCD, unembed, temperature_R11) if scores_RSV is None else scores_RSV
-        top_RC1, log_sum_RC1 = (_slice(x_RS, start, width)[..., None] for x_RS in (top_RS, log_sum_RS))
-        logp_RCV = scores_RCV - top_RC1 - log_sum_RC1
+    def chunk_gradient(carry, part):
+        d_unembed_DV, d_temperature = carry
+        hidden_RCD, targets_RC, d_scored, scored, top_RC, log_sum_RC, scores_RCV = part
+        if scores_RCV is None:
+            scores_RCV = _scores(hidden_RCD, unembed_DV, temperature, plan)
+        logp_RCV = scores_RCV - top_RC[..., None] - log_sum_RC[..., None]
         p_RCV = jnp.exp(logp_RCV)
-        one_hot_RCV = _is_target(targets_RS, start, width, scores_RCV)
-        d_scores_RCV = _slice(d_logp_RS, start, width)[..., None] * (one_hot_RCV - p_RCV)
-        if entropy:
-            entropy_RC1 = _slice(entropy_RS, start, width)[..., None]
-            d_scores_RCV -= _slice(d_entropy_RS[0], start, width)[..., None] * p_RCV * (logp_RCV + entropy_RC1)
-        d_temperature_R11 = -jnp.sum(d_scores_RCV * scores_RCV, axis=(1, 2), keepdims=True) / temperature_R11
-        d_logits_RCV = (d_scores_RCV / temperature_R11).astype(hidden_RSD.dtype)
-        d_hidden_RCD = _product("rcv,dv->rcd", d_logits_RCV, unembed)
-        d_unembed_DV += _product("rcd,rcv->dv", hidden_RCD, d_logits_RCV)
-        return d_unembed_DV, (d_hidden_RCD.astype(hidden_RSD.dtype), d_temperature_R11)
+        d_scores_RCV = d_scored[0][..., None] * (_is_target(targets_RC, scores_RCV, plan) - p_RCV)
+        if plan.entropy:
+            d_scores_RCV -= d_scored[1][..., None] * p_RCV * (logp_RCV + scored[1][..., None])
+        d_temperature -= jnp.sum(d_scores_RCV * scores_RCV) / temperature
+        d_logits_RCV = (d_scores_RCV / temperature).astype(hidden_BTD.dtype)
+        d_hidden_RCD = _product("rcv,dv->rcd", d_logits_RCV, unembed_DV)
+        filled_RCV = jnp.pad(d_logits_RCV, ((0, 0), (0, 0), (0, d_unembed_DV.shape[1] - vocabulary)))
+        d_unembed_DV += _product("rcd,rcv->dv", hidden_RCD, filled_RCV)
+        return (d_unembed_DV, d_temperature), d_hidden_RCD.astype(hidden_BTD.dtype)
 
-    starts = jnp.arange(0, targets_RS.shape[1], width)
-    zeros_DV = jnp.zeros_like(unembed_DV, accumulator)
-    d_unembed_DV, (d_hidden_nRCD, d_temperature_nR11) = jax.lax.scan(chunk_gradient, zeros_DV, starts)
-    return _unstack(d_hidden_nRCD), d_unembed_DV.astype(unembed_DV.dtype), None, d_temperature_nR11.sum(axis=0)
+    width, vocabulary = unembed_DV.shape
+    like_DV = jnp.zeros_like(unembed_DV, accumulator, shape=(width, whole_tiles(vocabulary) if over_width else vocabulary))
+    zeros = like_DV, jnp.zeros_like(temperature)
+    arrays = (hidden_BTD, targets_BT, cotangents, scored, top_BT, log_sum_BT, scores_BTV)
+    (d_unembed_DV, d_temperature), d_hidden = jax.lax.scan(chunk_gradient, zeros, jax.tree.map(chunks.cut, arrays))
+    d_hidden_BTD = sum_into(chunks.join(d_hidden), 1, over_time, plan.split.vocab)
+    d_unembed_DV = sum_into(d_unembed_DV, 0, over_width, plan.split.rows)[:, :vocabulary]
+    (d_temperature,) = _sum([d_temperature], plan.split.rows + plan.split.vocab)
+    return d_hidden_BTD, d_unembed_DV, d_temperature
 
 
-_scan_chunks = jax.custom_vjp(lambda *args: _forward(*args)[0], nondiff_argnums=(4, 5))
-_scan_chunks.defvjp(_forward, _backward)
+def _sum(parts: list[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
+    return jax.lax.psum(parts, axes) if axes else parts
 
 
-def _scores(hidden_RCD, unembed_DV, temperature_R11):
-    return _product("rcd,dv->rcv", hidden_RCD, unembed_DV) / temperature_R11
+def _most(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def _scores(hidden_RCD, unembed_DV, temperature, plan: _Plan):
+    scores_RCV = _product("rcd,dv->rcv", hidden_RCD, unembed_DV) / temperature
+    if plan.vocabulary % plan.split.vocab_ways == 0:
+        return scores_RCV
+    return jnp.where(_token_ids(scores_RCV, plan) < plan.vocabulary, scores_RCV, _MASKED)
 
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -161,19 +269,15 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, y, cpu=widened, default=direct)
 
 
-def _is_target(targets_RS, start, width: int, scores_RCV):
-    vocabulary_V = jnp.arange(scores_RCV.shape[-1], dtype=targets_RS.dtype)
-    return _slice(targets_RS, start, width)[..., None] == vocabulary_V
+def _is_target(targets_RC, scores_RCV, plan: _Plan):
+    return targets_RC[..., None] == _token_ids(scores_RCV, plan)
 
 
-def _slice(x_RS, start, width: int):
-    return jax.lax.dynamic_slice_in_dim(x_RS, start, width, axis=1)
-
-
-def _unstack(x_nRC):
-    """[chunks, R, width, ...] -> [R, chunks * width, ...]."""
-    x_RnC = jnp.moveaxis(x_nRC, 0, 1)
-    return x_RnC.reshape(x_RnC.shape[0], -1, *x_RnC.shape[3:])
+def _token_ids(scores_RCV, plan: _Plan) -> jax.Array:
+    """The tokens of this device's part of the vocabulary: int32 [V]."""
+    size = scores_RCV.shape[-1]
+    first = jax.lax.axis_index(plan.split.vocab) * size if plan.split.vocab else 0
+    return first + jnp.arange(size, dtype=jnp.int32)
 
 
 def _accumulator(hidden: jax.Array):

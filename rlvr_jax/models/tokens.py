@@ -1,0 +1,96 @@
+"""How the tokens of a training forward lie on a mesh: as one dimension M = B T, in the order that the devices keep them.
+
+Between the layers every device has tokens of its own, over the axis "tensor" too (arXiv 2205.05198); inside of them the
+devices of a tensor group have the same tokens and different heads. Arrays are [M, D] and not [B, T, D], since the TPU
+compiler sums into parts along the first of two dimensions, but not along the second of three.
+"""
+
+from typing import NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec
+
+from rlvr_jax.sharding import DEFAULT_RULES, ambient_mesh, constrain, fitting_axes, ways
+from rlvr_jax.typing import Array
+
+
+Names = tuple[str | None, ...]
+
+
+class Batched:
+    """How decoding lays out [B, T, ...]: rows over the devices, weights as they are."""
+
+    @staticmethod
+    def place(x: Array, name: str | None = None, *, between: bool = False) -> Array:
+        """[B, T, name, ...] kept in place."""
+        del between
+        return constrain(x, "batch", None, name, *[None] * (x.ndim - 3))
+
+    @staticmethod
+    def weight(*names: str | None) -> Names | None:
+        """Logical names by which a weight is gathered where it is used: none is."""
+        del names
+        return None
+
+
+class TokenLayout(NamedTuple):
+    """Where tokens lie. Attributes: batch, time: mesh axes of rows and of their tokens; part: more between layers."""
+
+    rows: int
+    length: int
+    batch: tuple[str, ...]
+    time: tuple[str, ...]
+    part: tuple[str, ...]
+
+    @classmethod
+    def of(cls, rows: int, length: int) -> "TokenLayout":
+        """The layout of [rows, length] on the ambient mesh."""
+        mesh = ambient_mesh()
+        batch, time = fitting_axes(mesh, "batch", rows), fitting_axes(mesh, "time", length)
+        part = tuple(axis for axis in DEFAULT_RULES.axes("residual") if mesh is not None and mesh.shape.get(axis, 1) > 1)
+        whole = rows * length // (ways(batch) * ways(time) if mesh is not None else 1)
+        return cls(rows, length, batch, time, part if part and whole % ways(part) == 0 else ())
+
+    @property
+    def local_rows(self) -> int:
+        """Rows of a device."""
+        return self.rows // ways(self.batch)
+
+    def flat(self, x_BT: Array) -> jax.Array:
+        """[B, T, ...] as [M, ...]."""
+        if ambient_mesh() is None:
+            return x_BT.reshape(-1, *x_BT.shape[2:])
+        return self._mapped(x_BT, PartitionSpec(self.batch or None, self.time or None), self.tokens, ())
+
+    def apart(self, x_M: Array) -> jax.Array:
+        """[M, ...] as [B, T, ...]."""
+        if ambient_mesh() is None:
+            return x_M.reshape(self.rows, self.length, *x_M.shape[1:])
+        out = PartitionSpec(self.batch or None, self.time or None)
+        return self._mapped(self.place(x_M), self.tokens, out, (self.local_rows,))
+
+    def _mapped(self, x: Array, within: PartitionSpec, out: PartitionSpec, rows: tuple[int, ...]) -> jax.Array:
+        rest = x.shape[1 if rows else 2 :]
+        return jax.shard_map(
+            lambda x: x.reshape(*rows, -1, *rest), in_specs=within, out_specs=out, check_vma=False
+        )(x)
+
+    @property
+    def tokens(self) -> PartitionSpec:
+        """Of [M, ...] within a layer."""
+        return PartitionSpec((*self.batch, *self.time) or None)
+
+    def place(self, x_M: Array, name: str | None = None, *, between: bool = False) -> Array:
+        """[M, name, ...] kept in place: within a layer, or `between` two."""
+        mesh = ambient_mesh()
+        if mesh is None:
+            return x_M
+        tokens = (*self.batch, *self.time, *(self.part if between else ()))
+        second = () if name is None else fitting_axes(mesh, name, x_M.shape[1])
+        second = tuple(axis for axis in second if axis not in tokens)
+        return jax.lax.with_sharding_constraint(x_M, PartitionSpec(tokens or None, second or None))
+
+    @staticmethod
+    def weight(*names: str | None) -> Names | None:
+        """Logical names by which a weight is gathered where it is used, and its gradient summed into parts."""
+        return names
