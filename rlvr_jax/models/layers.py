@@ -24,7 +24,11 @@ LayerParams = Mapping[str, Array]
 class Layout(Protocol):
     """Where the arrays of a layer lie on a mesh: see `tokens`."""
 
-    def place(self, x: Array, name: str | None = None, *, between: bool = False) -> Array: ...
+    def place(self, x: Array, name: str | None = None) -> Array: ...
+
+    def enter(self, x: Array) -> Array: ...
+
+    def leave(self, x: Array) -> Array: ...
 
     def weight(self, *names: str | None) -> tuple[str | None, ...] | None: ...
 
@@ -236,7 +240,7 @@ def project_qkv(
     Returns:
       q [*B, N, H], k and v [*B, K, H].
     """
-    y = layout.place(rms_norm(x, p["attn_norm"], eps))
+    y = layout.enter(rms_norm(x, p["attn_norm"], eps))
     if "qkv" in p:
         q, k, v = _joined_qkv(p, y, head_dim=2 * cos.shape[-1])
     else:
@@ -278,9 +282,9 @@ def finish_block(
         return x + linear(jax.nn.silu(gate) * up, p["mlp_out"])
     attended = layout.place(attended, "heads").reshape(*x.shape[:-1], -1)
     projected = dense(attended, p["o_proj"], layout.weight("heads", "head_dim", "embed"))
-    x = x + layout.place(projected, between=True)
-    y = layout.place(rms_norm(x, p["mlp_norm"], eps))
+    x = x + layout.leave(projected)
+    y = layout.enter(rms_norm(x, p["mlp_norm"], eps))
     into = layout.weight("embed", "ffn")
     hidden = jax.nn.silu(dense(y, p["gate_proj"], into)) * dense(y, p["up_proj"], into)
     down = dense(layout.place(hidden, "ffn"), p["down_proj"], layout.weight("ffn", "embed"))
-    return x + layout.place(down, between=True)
+    return x + layout.leave(down)

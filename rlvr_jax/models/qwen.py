@@ -118,7 +118,7 @@ class Block(nn.Module):
             for name, spec in layer_specs(self.config).items()
         }
         eps, layout = self.config.rms_norm_eps, TokenLayout.of(*tokens_BT.shape)
-        q, k, v = layers.project_qkv(p, layout.place(x_MD, between=True), cos_Mh, sin_Mh, eps, layout)
+        q, k, v = layers.project_qkv(p, layout.between(x_MD), cos_Mh, sin_Mh, eps, layout)
         attended_MNH = attention.self_attention(q, k, v, segment_BT, layout, kind=self.config.attention)
         return layers.finish_block(p, x_MD, attended_MNH, eps, layout), None
 

@@ -5,6 +5,7 @@ devices of a tensor group have the same tokens and different heads. Arrays are [
 compiler sums into parts along the first of two dimensions, but not along the second of three.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,10 +22,11 @@ class Batched:
     """How decoding lays out [B, T, ...]: rows over the devices, weights as they are."""
 
     @staticmethod
-    def place(x: Array, name: str | None = None, *, between: bool = False) -> Array:
+    def place(x: Array, name: str | None = None) -> Array:
         """[B, T, name, ...] kept in place."""
-        del between
         return constrain(x, "batch", None, name, *[None] * (x.ndim - 3))
+
+    enter = leave = place
 
     @staticmethod
     def weight(*names: str | None) -> Names | None:
@@ -67,7 +69,7 @@ class TokenLayout(NamedTuple):
         if ambient_mesh() is None:
             return x_M.reshape(self.rows, self.length, *x_M.shape[1:])
         out = PartitionSpec(self.batch or None, self.time or None)
-        return self._mapped(self.place(x_M), self.tokens, out, (self.local_rows,))
+        return self._mapped(self.enter(x_M), self.tokens, out, (self.local_rows,))
 
     def _mapped(self, x: Array, within: PartitionSpec, out: PartitionSpec, rows: tuple[int, ...]) -> jax.Array:
         rest = x.shape[1 if rows else 2 :]
@@ -80,12 +82,27 @@ class TokenLayout(NamedTuple):
         """Of [M, ...] within a layer."""
         return PartitionSpec((*self.batch, *self.time) or None)
 
-    def place(self, x_M: Array, name: str | None = None, *, between: bool = False) -> Array:
-        """[M, name, ...] kept in place: within a layer, or `between` two."""
+    def place(self, x_M: Array, name: str | None = None) -> Array:
+        """[M, name, ...] kept in place within a layer."""
+        return self._placed(x_M, name, ())
+
+    def between(self, x_M: Array) -> Array:
+        """[M, ...] kept in place between layers."""
+        return self._placed(x_M, None, self.part)
+
+    def enter(self, x_M: Array) -> jax.Array:
+        """From between layers to within one: gathered, its gradient summed into parts."""
+        return _enter(x_M, self)
+
+    def leave(self, x_M: Array) -> jax.Array:
+        """From within a layer to between two: summed into parts, its gradient gathered."""
+        return _leave(x_M, self)
+
+    def _placed(self, x_M: Array, name: str | None, part: tuple[str, ...]) -> Array:
         mesh = ambient_mesh()
         if mesh is None:
             return x_M
-        tokens = (*self.batch, *self.time, *(self.part if between else ()))
+        tokens = (*self.batch, *self.time, *part)
         second = () if name is None else fitting_axes(mesh, name, x_M.shape[1])
         second = tuple(axis for axis in second if axis not in tokens)
         return jax.lax.with_sharding_constraint(x_M, PartitionSpec(tokens or None, second or None))
@@ -94,3 +111,18 @@ class TokenLayout(NamedTuple):
     def weight(*names: str | None) -> Names | None:
         """Logical names by which a weight is gathered where it is used, and its gradient summed into parts."""
         return names
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _enter(x_M: jax.Array, layout: TokenLayout) -> jax.Array:
+    return layout.place(x_M)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _leave(x_M: jax.Array, layout: TokenLayout) -> jax.Array:
+    return layout.between(x_M)
+
+
+# A constraint's own gradient is laid out as its result, which would sum whole arrays, or gather none.
+_enter.defvjp(lambda x_M, layout: (layout.place(x_M), None), lambda layout, _, d_M: (layout.between(d_M),))
+_leave.defvjp(lambda x_M, layout: (layout.between(x_M), None), lambda layout, _, d_M: (layout.place(d_M),))
