@@ -174,13 +174,14 @@ def _splash_kernel(length: int, num_heads: int, interpret: bool) -> Any:
     def block(most: int) -> int:
         return max(size for size in range(_LANES, most + 1, _LANES) if length % size == 0)
 
-    large, small = block(1024), block(512)
+    # The backward kernel leaves a part of dq for every block of keys: fewer of them, less memory.
+    largest, large, small = block(2048), block(1024), block(512)
     sizes = splash_attention_kernel.BlockSizes(
         block_q=large,
         block_kv=large,
         block_kv_compute=small,
         block_q_dkv=large,
-        block_kv_dkv=large,
+        block_kv_dkv=largest,
         block_kv_dkv_compute=small,
         use_fused_bwd_kernel=True,
     )

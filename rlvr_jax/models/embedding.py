@@ -19,8 +19,8 @@ from rlvr_jax.typing import Array, Float, Int
 def embed_tokens(
     embed_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: Any, layout: TokenLayout
 ) -> Float[jax.Array, "M D"]:
-    """`embed_VD[tokens_BT]` in `dtype`, tokens in one dimension; the gradient is summed in at least float32.
-
+    """`embed_VD[tokens_BT]` in `dtype`, tokens in one dimension; the gradient is summed in float32 on a device
+    and in `dtype` over them.
     Reverse mode only on a mesh.
     """
     if ambient_mesh() is None:
@@ -63,7 +63,7 @@ def _backward(dtype: Any, layout: TokenLayout, saved: tuple, d_x_MD: jax.Array) 
         # What lies elsewhere goes beyond the table, where it is dropped.
         index_M = jnp.where(here_M, row_M, d_table_VD.shape[0])
         d_table_VD = d_table_VD.at[index_M].add(d_x_MD.astype(accumulator), mode="drop")
-        return sum_into(d_table_VD, 1, over_width, summed)[:rows]
+        return sum_into(d_table_VD.astype(dtype), 1, over_width, summed)[:rows]
 
     out = PartitionSpec(vocab or None, over_width or None)
     d_table_VD = jax.shard_map(local, in_specs=(tokens_axes, of_x), out_specs=out, check_vma=False)(tokens_BT, d_x_MD)

@@ -234,6 +234,8 @@ def _backward_local(saved, cotangents, *, plan: _Plan, over_time: tuple[str, ...
     arrays = (hidden_BTD, targets_BT, cotangents, scored, top_BT, log_sum_BT, scores_BTV)
     (d_unembed_DV, d_temperature), d_hidden = jax.lax.scan(chunk_gradient, zeros, jax.tree.map(chunks.cut, arrays))
     d_hidden_BTD = sum_into(chunks.join(d_hidden), 1, over_time, plan.split.vocab)
+    if plan.split.rows:  # as the gradients of other weights, it crosses devices in the compute dtype
+        d_unembed_DV = d_unembed_DV.astype(hidden_BTD.dtype)
     d_unembed_DV = sum_into(d_unembed_DV, 0, over_width, plan.split.rows)[:, :vocabulary]
     (d_temperature,) = _sum([d_temperature], plan.split.rows + plan.split.vocab)
     return d_hidden_BTD, d_unembed_DV, d_temperature
