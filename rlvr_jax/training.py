@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlvr_jax.sharding import training_options
+
 from rlvr_jax.distributed import place
 
 Tree = Any
@@ -119,7 +121,7 @@ def make_accumulating_step(
 
     return AccumulatingStep(
         jax.jit(lambda params, batch: _zeros(sums, params, batch), out_shardings=placement),
-        jax.jit(add, donate_argnums=1, out_shardings=placement),
+        jax.jit(add, donate_argnums=1, out_shardings=placement, compiler_options=training_options()),
         _jit_update(_make_finish(optimizer, shardings), shardings),
     )
 
@@ -174,9 +176,8 @@ def _make_finish(
 
 
 def _jit_update(function: Callable, shardings: TrainState | None) -> Callable:
-    if shardings is None:
-        return jax.jit(function, donate_argnums=0)
-    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
+    placement = None if shardings is None else (shardings, None)
+    return jax.jit(function, donate_argnums=0, out_shardings=placement, compiler_options=training_options())
 
 
 def _zeros(sums: Callable[[Tree, Tree], Sums], params: Tree, batch: Tree) -> Sums:

@@ -54,7 +54,10 @@ def test_dependencies_run_one_way(importer, forbidden):
 
 @pytest.mark.parametrize(
     ("module", "own"),
-    [("direction.py", {"rlvr_jax.direction"}), ("objectives", {"rlvr_jax.direction", "rlvr_jax.objectives", "rlvr_jax.sharding"})],
+    [
+        ("direction.py", {"rlvr_jax.direction"}),
+        ("objectives", {"rlvr_jax.direction", "rlvr_jax.objectives", "rlvr_jax.sharding"}),
+    ],
 )
 def test_the_formulas_import_jax_alone(module, own):
     for path in sources("rlvr_jax", module):

@@ -117,7 +117,7 @@ def memory(
       eval_rows: responses that an evaluation decodes together.
     """
     rollout, shards, tensor = config.rollout, batch_shards(mesh), mesh.shape["tensor"]
-    vocab_ways = tensor if model.vocab_size % tensor == 0 else 1
+    vocab_ways = tensor * mesh.shape.get("sequence", 1)
     master, reference = weight_bytes(model, "float32", mesh), weight_bytes(model, dtype, mesh)
     parts = [Part("both", "master weights, float32", master), Part("both", "Adam's two moments, float32", 2 * master)]
     if config.algorithm.needs_reference:
@@ -163,7 +163,9 @@ def memory(
     width = config.algorithm.row_length or prompt_length + rollout.max_response
     rows = micro_rows(config) // shards
     scored = min(config.model.logprob_chunk, micro_rows(config) * width) // shards
-    kept = model.num_layers * rows * width * model.hidden_size * jnp.dtype(dtype).itemsize
+    # Between layers, and in the logits, what the batch leaves is split over the other axes.
+    parts_of_row = tensor * mesh.shape.get("sequence", 1)
+    kept = model.num_layers * rows * width * model.hidden_size * jnp.dtype(dtype).itemsize // parts_of_row
     return [
         *parts,
         Part("update", "gradients of a micro-batch and their sum, float32", 2 * master),

@@ -14,8 +14,12 @@ class ModelConfig:
     """Declared context length in tokens; None takes config.json's."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on accelerators, float32 on CPU. Master weights are float32 in any case."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the training forward keeps for the backward pass: everything, matmul results, or layer inputs only."""
+    remat: Literal["none", "dots", "attention", "full"] = "full"
+    """What the training forward keeps for the backward pass: everything, matmul results, layer inputs and what attention
+    gave, or layer inputs only."""
+    attention: Literal["auto", "plain", "chunked", "splash", "cudnn"] = "auto"
+    """How the training forward computes attention. auto: splash on TPU; elsewhere plain up to 1,024 tokens a row, then
+    chunked. cudnn takes rows that are not packed."""
     logprob_chunk: int = 1024
     """Tokens whose logits exist at one time, over all devices: about 1,024 a device."""
 
@@ -166,6 +170,8 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    sequence: int = 1
+    """In how many parts the tokens of a row are split: for rows too long for one device, or fewer rows than devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +243,7 @@ class Config:
 # What may differ between a checkpoint and the run that continues it: none of it changes what is trained.
 MAY_CHANGE = (
     *("run_dir", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "distributed", "data.val"),
-    *("model.remat", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk"),
+    *("model.remat", "model.attention", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk"),
     "rollout.tensor",
     *("algorithm.micro_batches", "algorithm.row_length"),
     *("reward.workers", "reward.timeout_s", "reward.memory_mb"),

@@ -17,6 +17,7 @@ from rlvr_jax.objectives.logprobs import chunked_logprobs
 from rlvr_jax.objectives.masks import token_mask
 from rlvr_jax.objectives.policy import aggregate, cispo_loss, gspo_loss, policy_loss
 from rlvr_jax.objectives.reweight import CURRENT_REWEIGHTINGS, reweight
+from rlvr_jax.sharding import training_options
 from train.config import AlgorithmConfig
 
 Apply = Callable[..., tuple[jax.Array, jax.Array]]
@@ -46,7 +47,7 @@ def sequence_logprobs(apply: Apply, params: Any, tokens_BT: jax.Array, segment_B
 def make_scorer(apply: Apply, *, chunk: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Compiled `score(params, tokens_BT, segment_BT, temperature) -> (logp_BT, entropy_BT)`, no gradient."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=training_options())
     def score(
         params: Any, tokens_BT: jax.Array, segment_BT: jax.Array, temperature: ArrayLike
     ) -> tuple[jax.Array, jax.Array]:

@@ -22,13 +22,15 @@ from rlvr_jax.decoding.slots import empty_slots, prefill_prompts
 from rlvr_jax.decoding.steps import advance
 from rlvr_jax.generation import language_model
 from rlvr_jax.models import decode_weights, qwen
+from rlvr_jax.models.attention import resolved_attention
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.planning import ideal
+from rlvr_jax.planning.chips import H100
 from rlvr_jax.planning.command import Options, answer, architecture, ask
 from rlvr_jax.planning.programs import ProgramAccount, bytes_a_chip, compile_program, placed
 from rlvr_jax.planning.topology import fill
 from rlvr_jax.program import config_dict
-from rlvr_jax.sharding import MESH_AXES, batch_shards
+from rlvr_jax.sharding import MESH_AXES, TPU_OPTIONS, batch_shards
 from train.config import Config
 from train.dapo import scalars
 from train.prepare import MICRO_ROWS, check_shards, configuration, micro_rows, value_faults
@@ -71,7 +73,15 @@ def read(argv: Sequence[str]) -> Request:
         choices["dtype"] = "bfloat16"
     if config.model.max_position_embeddings is not None:
         choices["max_position_embeddings"] = config.model.max_position_embeddings
-    return Request(config, architecture("model.path", config.model.path, **choices), options)
+    model = architecture("model.path", config.model.path, **choices)
+    attention = resolved_attention(
+        config.model.attention,
+        "gpu" if topology.kind == "cuda" else "tpu",
+        tokens=row_length(config, config.data.max_prompt),
+        head_dim=model.head_dim,
+        dtype=model.dtype,
+    )
+    return Request(config, dataclasses.replace(model, attention=attention), options)
 
 
 def prepare(argv: Sequence[str]) -> Request:
@@ -288,6 +298,8 @@ class _Run:
         return lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
 
     def _compile(self, name: str, lower: Callable[[], Any], mesh: Mesh | None = None, **options: Any) -> ProgramAccount:
+        if name in ("score", "update", "optimizer") and self.chip.name != H100.name:
+            options["compiler_options"] = TPU_OPTIONS
         return compile_program(name, lower, mesh or self.mesh, self.chip, text_to=self.text, **options)
 
 

@@ -95,6 +95,7 @@ def check(config: Config) -> Job:
         tokenizer,
         compute_dtype=config.model.compute_dtype,
         remat=config.model.remat,
+        attention=config.model.attention,
         max_position_embeddings=config.model.max_position_embeddings,
         longest=longest + config.rollout.max_response,
         what=f"the longest prompt ({longest} tokens) + rollout.max_response={config.rollout.max_response}",
@@ -298,12 +299,13 @@ def read_model_config(
     *,
     compute_dtype: str,
     remat: str,
+    attention: str = "auto",
     max_position_embeddings: int | None,
     longest: int,
     what: str,
 ) -> QwenConfig:
     """The architecture of a folder (or config.json) with the run's choices; `what` of `longest` tokens must fit."""
-    overrides: dict[str, Any] = {"remat": remat, "dtype": resolved_dtype(compute_dtype)}
+    overrides: dict[str, Any] = {"remat": remat, "attention": attention, "dtype": resolved_dtype(compute_dtype)}
     if max_position_embeddings is not None:
         overrides["max_position_embeddings"] = max_position_embeddings
     config = QwenConfig.from_hf(folder, **overrides)
@@ -328,7 +330,7 @@ def resolved_dtype(compute_dtype: str) -> str:
 
 def mesh_for(sizes: MeshConfig, rows: int, what: str) -> Mesh:
     """The mesh; ValueError when its data and fsdp axes do not divide the `rows` that pass through the model at once."""
-    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sequence=sizes.sequence)
     check_shards(mesh.shape["data"] * mesh.shape["fsdp"], rows, what)
     return mesh
 

@@ -92,7 +92,7 @@ class SFTConfig:
     """Longer conversations are cut on the right."""
     seed: int = 0
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "attention", "full"] = "none"
     logprob_chunk: int = 1024
     optim: SFTOptim = SFTOptim()
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -162,11 +162,20 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 
 
 def _splash_on(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, length: int, num_heads: int, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *,
+    length: int,
+    num_heads: int,
+    interpret: bool = False,
 ) -> jax.Array:
     kernel = _splash_kernel(length, num_heads, interpret)
     by_head = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    out_BNTH = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash_attention_kernel.SegmentIds(s, s)))(*by_head, segments)
+    out_BNTH = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash_attention_kernel.SegmentIds(s, s)))(
+        *by_head, segments
+    )
     return jnp.swapaxes(out_BNTH, 1, 2)
 
 
@@ -276,7 +285,9 @@ def _block_scores(q_BCKGH, segment_BC, k_BTKH, v_BTKH, segment_BT, i, j, size: i
     """Scaled, masked float32 scores [B, K, G, C, S] of query block i on key block j, and that block's values."""
     scores = layers.einsum("BCKGH,BSKH->BKGCS", q_BCKGH, _block(k_BTKH, j, size), jnp.float32)
     at = jnp.arange(size)
-    seen_BCS = (j * size + at <= (i * size + at)[:, None]) & (segment_BC[:, :, None] == _block(segment_BT, j, size)[:, None])
+    seen_BCS = (j * size + at <= (i * size + at)[:, None]) & (
+        segment_BC[:, :, None] == _block(segment_BT, j, size)[:, None]
+    )
     return jnp.where(seen_BCS[:, None, None], scores * q_BCKGH.shape[-1] ** -0.5, _MASKED), _block(v_BTKH, j, size)
 
 

@@ -44,7 +44,9 @@ def einsum(spec: str, x: Array, w: Array, out_dtype: Any = None) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dense(x: Float[Array, "*B I"], w: Float[Array, "*IO"], names: tuple[str | None, ...] | None) -> Float[jax.Array, "*B O"]:
+def dense(
+    x: Float[Array, "*B I"], w: Float[Array, "*IO"], names: tuple[str | None, ...] | None
+) -> Float[jax.Array, "*B O"]:
     """`x w` as `einsum` does it, w of shape [*I, *O] taken as a matrix [I, O]; reverse mode only.
 
     On a mesh w is gathered as it is used, and its gradient is summed into parts laid out as w is: `names` are the

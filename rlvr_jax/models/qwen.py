@@ -229,7 +229,9 @@ def hidden_states(
 
     For training and scoring: hand the result and `unembedding(config, params)` to a chunked log-prob.
     """
-    hidden_BTD = Qwen(config).apply({"params": computed(config, params)}, tokens_BT, positions_BT, mask_BT, method="hidden")
+    hidden_BTD = Qwen(config).apply(
+        {"params": computed(config, params)}, tokens_BT, positions_BT, mask_BT, method="hidden"
+    )
     return cast(jax.Array, hidden_BTD)
 
 
@@ -239,9 +241,7 @@ def computed(config: QwenConfig, params: Params) -> Params:
     Cast before the loop over the layers, their gradients come out of it in that dtype too, in half the memory.
     """
     dtype = config.compute_dtype(params["embed"].dtype)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x if "norm" in path[-1].key else x.astype(dtype), params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if "norm" in path[-1].key else x.astype(dtype), params)
 
 
 def unstack_layers(config: QwenConfig, params: Params) -> Params:

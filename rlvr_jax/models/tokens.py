@@ -49,7 +49,9 @@ class TokenLayout(NamedTuple):
         """The layout of [rows, length] on the ambient mesh."""
         mesh = ambient_mesh()
         batch, time = fitting_axes(mesh, "batch", rows), fitting_axes(mesh, "time", length)
-        part = tuple(axis for axis in DEFAULT_RULES.axes("residual") if mesh is not None and mesh.shape.get(axis, 1) > 1)
+        part = tuple(
+            axis for axis in DEFAULT_RULES.axes("residual") if mesh is not None and mesh.shape.get(axis, 1) > 1
+        )
         whole = rows * length // (ways(batch) * ways(time) if mesh is not None else 1)
         return cls(rows, length, batch, time, part if part and whole % ways(part) == 0 else ())
 
@@ -73,9 +75,7 @@ class TokenLayout(NamedTuple):
 
     def _mapped(self, x: Array, within: PartitionSpec, out: PartitionSpec, rows: tuple[int, ...]) -> jax.Array:
         rest = x.shape[1 if rows else 2 :]
-        return jax.shard_map(
-            lambda x: x.reshape(*rows, -1, *rest), in_specs=within, out_specs=out, check_vma=False
-        )(x)
+        return jax.shard_map(lambda x: x.reshape(*rows, -1, *rest), in_specs=within, out_specs=out, check_vma=False)(x)
 
     @property
     def tokens(self) -> PartitionSpec:

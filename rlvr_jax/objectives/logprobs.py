@@ -13,7 +13,16 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from rlvr_jax.direction import widen
-from rlvr_jax.sharding import DEFAULT_RULES, ambient_mesh, constrain, dividing_axes, fitting_axes, sum_into, ways, whole_tiles
+from rlvr_jax.sharding import (
+    DEFAULT_RULES,
+    ambient_mesh,
+    constrain,
+    dividing_axes,
+    fitting_axes,
+    sum_into,
+    ways,
+    whole_tiles,
+)
 from rlvr_jax.typing import Array, Float, Int
 
 
@@ -118,37 +127,38 @@ def _scored(hidden_BTD, unembed_DV, targets_BT, temperature, plan: _Plan) -> tup
 
 def _forward(hidden_BTD, unembed_DV, targets_BT, temperature, plan: _Plan):
     # Gathered here, once, and not where the gradient would be gathered too.
-    gathered_DV = constrain(unembed_DV.astype(hidden_BTD.dtype), "embed", "vocab")
+    # As [V, D], which is how the TPU compiler lays [D, V] out where D fills its tiles and V does not.
+    gathered_VD = constrain(unembed_DV.T.astype(hidden_BTD.dtype), "vocab", "embed")
     if plan.vocabulary % plan.split.vocab_ways:
-        gathered_DV = jnp.pad(gathered_DV, ((0, 0), (0, -plan.vocabulary % plan.split.vocab_ways)))
-    gathered_DV = jax.lax.optimization_barrier(constrain(gathered_DV, None, "vocab"))
+        gathered_VD = jnp.pad(gathered_VD, ((0, -plan.vocabulary % plan.split.vocab_ways), (0, 0)))
+    gathered_VD = jax.lax.optimization_barrier(constrain(gathered_VD, "vocab", None))
     rows, vocab = plan.split.rows or None, plan.split.vocab or None
     of_BT, (B, T) = PartitionSpec(rows, None), targets_BT.shape
     single = _Chunks(B // plan.split.row_ways, T, plan.chunk).chunks == 1
     kept = PartitionSpec(rows, None, vocab) if single else None
-    specs = PartitionSpec(rows, None, None), PartitionSpec(None, vocab), of_BT, PartitionSpec()
+    specs = PartitionSpec(rows, None, None), PartitionSpec(vocab, None), of_BT, PartitionSpec()
     outs = ((of_BT,) * (2 if plan.entropy else 1), (of_BT, of_BT), kept)
     local = functools.partial(_forward_local, plan=plan)
-    scored, sums, scores = _on_mesh(local, plan, specs, outs)(hidden_BTD, gathered_DV, targets_BT, temperature)
+    scored, sums, scores = _on_mesh(local, plan, specs, outs)(hidden_BTD, gathered_VD, targets_BT, temperature)
     like = jnp.zeros((0,), unembed_DV.dtype)
-    return scored, (like, (hidden_BTD, gathered_DV, targets_BT, temperature, scored, sums, scores))
+    return scored, (like, (hidden_BTD, gathered_VD, targets_BT, temperature, scored, sums, scores))
 
 
 def _backward(plan: _Plan, saved, cotangents):
     like, saved = saved
     hidden_BTD = saved[0]
     rows, vocab = plan.split.rows or None, plan.split.vocab or None
-    of_BT, of_BTD, of_DV = PartitionSpec(rows, None), PartitionSpec(rows, None, None), PartitionSpec(None, vocab)
+    of_BT, of_BTD, of_VD = PartitionSpec(rows, None), PartitionSpec(rows, None, None), PartitionSpec(vocab, None)
     many = (of_BT,) * (2 if plan.entropy else 1)
     kept = None if saved[-1] is None else PartitionSpec(rows, None, vocab)
-    specs = ((of_BTD, of_DV, of_BT, PartitionSpec(), many, (of_BT, of_BT), kept), many)
+    specs = ((of_BTD, of_VD, of_BT, PartitionSpec(), many, (of_BT, of_BT), kept), many)
     # Summed over devices into parts, where they divide: half the traffic, and what the rest of the backward pass wants.
     over_time = dividing_axes(hidden_BTD.shape[1], "time", plan.split.vocab)
     over_width = dividing_axes(hidden_BTD.shape[2], "embed", plan.split.rows)
-    outs = (PartitionSpec(rows, over_time or None, None), PartitionSpec(over_width or None, vocab), PartitionSpec())
+    outs = (PartitionSpec(rows, over_time or None, None), PartitionSpec(vocab, over_width or None), PartitionSpec())
     local = functools.partial(_backward_local, plan=plan, over_time=over_time, over_width=over_width)
-    d_hidden_BTD, d_unembed_DV, d_temperature = _on_mesh(local, plan, specs, outs)(saved, cotangents)
-    return d_hidden_BTD, d_unembed_DV[:, : plan.vocabulary].astype(like.dtype), None, d_temperature
+    d_hidden_BTD, d_unembed_VD, d_temperature = _on_mesh(local, plan, specs, outs)(saved, cotangents)
+    return d_hidden_BTD, d_unembed_VD[: plan.vocabulary].T.astype(like.dtype), None, d_temperature
 
 
 _scored.defvjp(_forward, _backward)
@@ -184,12 +194,12 @@ class _Chunks:
         return x_RS.reshape(self.R * self.fold, self.T, *rest)[: self.B]
 
 
-def _forward_local(hidden_BTD, unembed_DV, targets_BT, temperature, *, plan: _Plan):
+def _forward_local(hidden_BTD, unembed_VD, targets_BT, temperature, *, plan: _Plan):
     chunks, vocab = _Chunks(*targets_BT.shape, plan.chunk), plan.split.vocab
 
     def score_chunk(_, part):
         hidden_RCD, targets_RC = part
-        scores_RCV = _scores(hidden_RCD, unembed_DV, temperature, plan)
+        scores_RCV = _scores(hidden_RCD, unembed_VD, temperature, plan)
         top_RC = _most(jnp.max(scores_RCV, axis=-1), vocab)
         shifted_RCV = scores_RCV - top_RC[..., None]
         # A comparison fuses with the sums and splits over a sharded vocabulary; a gather does neither.
@@ -208,14 +218,14 @@ def _forward_local(hidden_BTD, unembed_DV, targets_BT, temperature, *, plan: _Pl
 
 
 def _backward_local(saved, cotangents, *, plan: _Plan, over_time: tuple[str, ...], over_width: tuple[str, ...]):
-    hidden_BTD, unembed_DV, targets_BT, temperature, scored, (top_BT, log_sum_BT), scores_BTV = saved
+    hidden_BTD, unembed_VD, targets_BT, temperature, scored, (top_BT, log_sum_BT), scores_BTV = saved
     chunks, accumulator = _Chunks(*targets_BT.shape, plan.chunk), _accumulator(hidden_BTD)
 
     def chunk_gradient(carry, part):
-        d_unembed_DV, d_temperature = carry
+        d_unembed_VD, d_temperature = carry
         hidden_RCD, targets_RC, d_scored, scored, top_RC, log_sum_RC, scores_RCV = part
         if scores_RCV is None:
-            scores_RCV = _scores(hidden_RCD, unembed_DV, temperature, plan)
+            scores_RCV = _scores(hidden_RCD, unembed_VD, temperature, plan)
         logp_RCV = scores_RCV - top_RC[..., None] - log_sum_RC[..., None]
         p_RCV = jnp.exp(logp_RCV)
         d_scores_RCV = d_scored[0][..., None] * (_is_target(targets_RC, scores_RCV, plan) - p_RCV)
@@ -223,22 +233,22 @@ def _backward_local(saved, cotangents, *, plan: _Plan, over_time: tuple[str, ...
             d_scores_RCV -= d_scored[1][..., None] * p_RCV * (logp_RCV + scored[1][..., None])
         d_temperature -= jnp.sum(d_scores_RCV * scores_RCV) / temperature
         d_logits_RCV = (d_scores_RCV / temperature).astype(hidden_BTD.dtype)
-        d_hidden_RCD = _product("rcv,dv->rcd", d_logits_RCV, unembed_DV)
-        filled_RCV = jnp.pad(d_logits_RCV, ((0, 0), (0, 0), (0, d_unembed_DV.shape[1] - vocabulary)))
-        d_unembed_DV += _product("rcd,rcv->dv", hidden_RCD, filled_RCV)
-        return (d_unembed_DV, d_temperature), d_hidden_RCD.astype(hidden_BTD.dtype)
+        d_hidden_RCD = _product("rcv,vd->rcd", d_logits_RCV, unembed_VD)
+        filled_RCV = jnp.pad(d_logits_RCV, ((0, 0), (0, 0), (0, d_unembed_VD.shape[0] - vocabulary)))
+        d_unembed_VD += _product("rcv,rcd->vd", filled_RCV, hidden_RCD)
+        return (d_unembed_VD, d_temperature), d_hidden_RCD.astype(hidden_BTD.dtype)
 
-    width, vocabulary = unembed_DV.shape
-    like_DV = jnp.zeros_like(unembed_DV, accumulator, shape=(width, whole_tiles(vocabulary) if over_width else vocabulary))
-    zeros = like_DV, jnp.zeros_like(temperature)
+    vocabulary, width = unembed_VD.shape
+    filled = whole_tiles(vocabulary) if over_width else vocabulary
+    zeros = jnp.zeros_like(unembed_VD, accumulator, shape=(filled, width)), jnp.zeros_like(temperature)
     arrays = (hidden_BTD, targets_BT, cotangents, scored, top_BT, log_sum_BT, scores_BTV)
-    (d_unembed_DV, d_temperature), d_hidden = jax.lax.scan(chunk_gradient, zeros, jax.tree.map(chunks.cut, arrays))
+    (d_unembed_VD, d_temperature), d_hidden = jax.lax.scan(chunk_gradient, zeros, jax.tree.map(chunks.cut, arrays))
     d_hidden_BTD = sum_into(chunks.join(d_hidden), 1, over_time, plan.split.vocab)
     if plan.split.rows:  # as the gradients of other weights, it crosses devices in the compute dtype
-        d_unembed_DV = d_unembed_DV.astype(hidden_BTD.dtype)
-    d_unembed_DV = sum_into(d_unembed_DV, 0, over_width, plan.split.rows)[:, :vocabulary]
+        d_unembed_VD = d_unembed_VD.astype(hidden_BTD.dtype)
+    d_unembed_VD = sum_into(d_unembed_VD, 1, over_width, plan.split.rows)[:vocabulary]
     (d_temperature,) = _sum([d_temperature], plan.split.rows + plan.split.vocab)
-    return d_hidden_BTD, d_unembed_DV, d_temperature
+    return d_hidden_BTD, d_unembed_VD, d_temperature
 
 
 def _sum(parts: list[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
@@ -249,8 +259,8 @@ def _most(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.pmax(x, axes) if axes else x
 
 
-def _scores(hidden_RCD, unembed_DV, temperature, plan: _Plan):
-    scores_RCV = _product("rcd,dv->rcv", hidden_RCD, unembed_DV) / temperature
+def _scores(hidden_RCD, unembed_VD, temperature, plan: _Plan):
+    scores_RCV = _product("rcd,vd->rcv", hidden_RCD, unembed_VD) / temperature
     if plan.vocabulary % plan.split.vocab_ways == 0:
         return scores_RCV
     return jnp.where(_token_ids(scores_RCV, plan) < plan.vocabulary, scores_RCV, _MASKED)
