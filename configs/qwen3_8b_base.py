@@ -45,7 +45,7 @@ config = Config(
         micro_batches=32,
     ),
     optim=OptimConfig(lr=1e-6, warmup=10, weight_decay=0.1, clip_norm=1.0),
-    mesh=MeshConfig(data=1, fsdp=16, tensor=4),
+    mesh=MeshConfig(data=1, fsdp=16, sequence=2, tensor=2),
     eval=EvalConfig(every=5, n=32, temperature=1.0, top_p=0.7, prompts_at_once=16),
     checkpoint=CheckpointConfig(every=10, keep=3),
     log=LogConfig(rollouts=16),

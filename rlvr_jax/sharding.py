@@ -34,9 +34,9 @@ TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 class ShardingRules:
     """Logical dimension name -> mesh axis, tuple of axes, or None (replicated).
 
-    The defaults are FSDP x sequence x tensor parallelism. Parameters are split over `fsdp` along the model dimension and
-    over `tensor` and `sequence` along heads, feed-forward width and vocabulary; where a layer of a training forward uses
-    them they are gathered over the axes `gathered`. The batch is split over `data` and `fsdp`, its tokens over
+    The defaults are FSDP x sequence x tensor parallelism. Parameters are split over `fsdp` along the model dimension
+    and over `tensor` and `sequence` along heads, feed-forward width and vocabulary; where a layer of a training forward
+    uses them they are gathered over the axes `gathered`. The batch is split over `data` and `fsdp`, its tokens over
     `sequence`, between layers over `residual` too. Within attention, which needs all tokens, `sequence` splits heads
     instead (arXiv 2309.14509). The axis `rows` is there in decode meshes alone, where it is the part of the tensor axis
     that kv heads are too few for.
@@ -206,12 +206,12 @@ def whole_tiles(size: int) -> int:
 
 
 def sum_into(x: Array, dimension: int, scattered: tuple[str, ...], axes: tuple[str, ...]) -> jax.Array:
-    """Inside `jax.shard_map`: the sum over mesh axes, of which `scattered` leave each device its part of a dimension."""
-    x = jnp.asarray(x)
+    """Inside `jax.shard_map`: the sum over mesh axes; `scattered` ones leave each device its part of a dimension."""
+    summed = jnp.asarray(x)
     if scattered:
-        x = jax.lax.psum_scatter(x, scattered, scatter_dimension=dimension, tiled=True)
+        summed = jax.lax.psum_scatter(summed, scattered, scatter_dimension=dimension, tiled=True)
     whole = tuple(axis for axis in axes if axis not in scattered)
-    return jax.lax.psum(x, whole) if whole else x
+    return jnp.asarray(jax.lax.psum(summed, whole)) if whole else summed
 
 
 def _entry(axes: tuple[str, ...]) -> MeshAxes:

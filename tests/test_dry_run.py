@@ -103,8 +103,8 @@ def test_counters_agree_with_the_collector(share, surplus):
     assert ended > 1
 
 
-def mesh(data=1, fsdp=1, tensor=1):
-    return AbstractMesh((data, fsdp, tensor), MESH_AXES)
+def mesh(data=1, fsdp=1, tensor=1, sequence=1):
+    return AbstractMesh((data, fsdp, sequence, tensor), MESH_AXES)
 
 
 def test_memory_by_hand():
@@ -137,7 +137,8 @@ def test_memory_by_hand():
     split = budget.memory(config, model, "float32", mesh(2, 2, 2), 10)
     cache = next(part for part in split if part.name.startswith("KV cache, 4 rows"))
     assert cache.size == 16 * 26 * token / 8  # rows over data and fsdp, kv heads over tensor
-    assert any(part.name.startswith("inputs of the layers, 1 rows") for part in split)
+    inputs = next(part for part in split if part.name.startswith("inputs of the layers, 1 rows"))
+    assert inputs.size == 2 * 26 * 32 * 4 / 2  # tokens over tensor
 
 
 def test_the_published_8b_run_over_64_devices():
@@ -152,7 +153,7 @@ def test_the_published_8b_run_over_64_devices():
     by_name = {part.name: part.size for part in parts}
     # 32 prompts x 16 responses over 16 shards, 8 kv heads over 4
     assert by_name["KV cache, 32 rows x 22,528 tokens, bfloat16"] == 32 * 22528 * 2 * 36 * 2 * 128 * 2
-    assert by_name["inputs of the layers, 1 rows x 22,528 tokens, bfloat16"] == 36 * 22528 * 4096 * 2
+    assert by_name["inputs of the layers, 1 rows x 22,528 tokens, bfloat16"] == 36 * 22528 * 4096 * 2 // 4
     assert budget.tokens(config, 2048)["response tokens trained on a trainer step"] == 512 * 16 * 20480
     assert budget.tokens(config, 2048)["tokens that pass through the model at once"] == 16 * 22528
 
@@ -168,7 +169,7 @@ def place(tmp_path_factory):
 
 def test_the_program_takes_no_device_and_writes_nothing(place):
     """The platform asked for does not exist here, so that whoever looks for a device fails; the mesh is of 64."""
-    flags = arguments(place, place / "run", mesh__fsdp=16, mesh__tensor=4, algorithm__mini_batch=4)
+    flags = arguments(place, place / "run", mesh__fsdp=16, mesh__sequence=1, mesh__tensor=4, algorithm__mini_batch=4)
     done = subprocess.run(
         [sys.executable, "-m", "train", "--dry-run", *flags],
         cwd=ROOT,
@@ -178,7 +179,12 @@ def test_the_program_takes_no_device_and_writes_nothing(place):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    for text in ("data 1 x fsdp 16 x tensor 4: 64 devices", "generation batches", "KV cache, ", "algorithm.clip_high"):
+    for text in (
+        "data 1 x fsdp 16 x sequence 1 x tensor 4: 64 devices",
+        "generation batches",
+        "KV cache, ",
+        "algorithm.clip_high",
+    ):
         assert text in done.stdout
     assert "Traceback" not in done.stderr
     assert not (place / "run").exists()

@@ -9,9 +9,10 @@ from rlvr_jax.sharding import ShardingRules, constrain, make_mesh
 
 
 def test_make_mesh_fills_the_free_axis():
-    assert dict(make_mesh(data=2, fsdp=-1, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert dict(make_mesh(fsdp=1, devices=jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert make_mesh(data=2, fsdp=-1, tensor=2).devices.shape == (2, 2, 1, 2)
+    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert make_mesh(fsdp=-1, sequence=4).devices.shape == (1, 2, 4, 1)
+    assert make_mesh(fsdp=1, devices=jax.devices()[:1]).size == 1
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"data": -1}, {"data": 2, "fsdp": 2, "tensor": 1}, {"tensor": 0}])
@@ -22,7 +23,7 @@ def test_make_mesh_rejects_sizes_that_do_not_fit(sizes):
 
 def test_spec_and_unknown_name():
     rules = ShardingRules()
-    assert rules.spec("batch", "time", "embed") == P(("data", "fsdp"), None, "fsdp")
+    assert rules.spec("batch", "time", "embed") == P(("data", "fsdp"), "sequence", "fsdp")
     with pytest.raises(ValueError, match="'embedd'"):
         rules.spec("batch", "embedd")
     with pytest.raises(ValueError, match="'bach'"):

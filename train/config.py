@@ -15,8 +15,8 @@ class ModelConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on accelerators, float32 on CPU. Master weights are float32 in any case."""
     remat: Literal["none", "dots", "attention", "full"] = "full"
-    """What the training forward keeps for the backward pass: everything, matmul results, layer inputs and what attention
-    gave, or layer inputs only."""
+    """What the training forward keeps for the backward pass: everything, matmul results, layer inputs and what
+    attention gave, or layer inputs only."""
     attention: Literal["auto", "plain", "chunked", "splash", "cudnn"] = "auto"
     """How the training forward computes attention. auto: splash on TPU; elsewhere plain up to 1,024 tokens a row, then
     chunked. cudnn takes rows that are not packed."""

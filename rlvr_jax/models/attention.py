@@ -26,7 +26,7 @@ from rlvr_jax.models import layers
 from rlvr_jax.models.config import ATTENTIONS
 from rlvr_jax.models.tokens import TokenLayout
 from rlvr_jax.sharding import DEFAULT_RULES, ambient_mesh, ways
-from rlvr_jax.typing import Array, Float, Int
+from rlvr_jax.typing import Array, Float
 
 SAVED = "attention"  # name of what the remat policy of that name keeps
 _BLOCK = 512  # queries, and keys, of one block of the chunked form

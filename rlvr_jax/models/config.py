@@ -224,7 +224,8 @@ class QwenConfig:
         """The content of config.json, in the keys of the published Qwen configs, which transformers 4 and 5 read.
 
         Returns:
-          A JSON-serialisable dict; `QwenConfig.from_hf` of it gives this config back but for `dtype`, `remat` and `attention`.
+          A JSON-serialisable dict; `QwenConfig.from_hf` of it gives this config back but for `dtype`, `remat` and
+          `attention`.
 
         Raises:
           ValueError: when the attention extras are not those of `model_type`, which no config.json can say.

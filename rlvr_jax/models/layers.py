@@ -8,7 +8,7 @@ TPU and recent GPUs is not the default.
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from rlvr_jax.typing import Array, Bool, Float, Int, Num
 LayerParams = Mapping[str, Array]
 
 
+@runtime_checkable
 class Layout(Protocol):
     """Where the arrays of a layer lie on a mesh: see `tokens`."""
 
@@ -50,9 +51,11 @@ def dense(
     """`x w` as `einsum` does it, w of shape [*I, *O] taken as a matrix [I, O]; reverse mode only.
 
     On a mesh w is gathered as it is used, and its gradient is summed into parts laid out as w is: `names` are the
-    logical names of its dimensions (None: w is used as it lies). On CPU the gradient in w moves as little as possible: XLA's CPU matmul wants its
-    left operand with the summed dimension last, so one of x and the gradient is transposed; left to itself the compiler
-    takes the wider one, and computes what made it again, column by column.
+    logical names of its dimensions (None: w is used as it lies).
+
+    On CPU the gradient in w moves as little as possible: XLA's CPU matmul wants its left operand with the summed
+    dimension last, so one of x and the gradient is transposed; left to itself the compiler takes the wider one, and
+    computes what made it again, column by column.
     """
     return einsum("...I,IO->...O", x, _matrix(x, w, names))
 
@@ -257,7 +260,7 @@ def project_qkv(
 
 def _to_heads(y: Array, w: Array, heads: str, head_dim: int, layout: Layout) -> Array:
     """For w [D, N, H], or [D, N H] as decoding keeps it."""
-    projected = dense(y, w, layout.weight("embed", heads, "head_dim"))
+    projected = jnp.asarray(dense(y, w, layout.weight("embed", heads, "head_dim")))
     return layout.place(projected.reshape(*y.shape[:-1], -1, head_dim), heads)
 
 

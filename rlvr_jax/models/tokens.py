@@ -1,4 +1,4 @@
-"""How the tokens of a training forward lie on a mesh: as one dimension M = B T, in the order that the devices keep them.
+"""How the tokens of a training forward lie on a mesh: in one dimension M = B T, in the order that devices keep them.
 
 Between the layers every device has tokens of its own, over the axis "tensor" too (arXiv 2205.05198); inside of them the
 devices of a tensor group have the same tokens and different heads. Arrays are [M, D] and not [B, T, D], since the TPU
@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 
 from rlvr_jax.sharding import DEFAULT_RULES, ambient_mesh, constrain, fitting_axes, ways
 from rlvr_jax.typing import Array
-
 
 Names = tuple[str | None, ...]
 
@@ -60,20 +59,20 @@ class TokenLayout(NamedTuple):
         """Rows of a device."""
         return self.rows // ways(self.batch)
 
-    def flat(self, x_BT: Array) -> jax.Array:
+    def flat(self, x_BT: Array) -> Array:
         """[B, T, ...] as [M, ...]."""
         if ambient_mesh() is None:
             return x_BT.reshape(-1, *x_BT.shape[2:])
         return self._mapped(x_BT, PartitionSpec(self.batch or None, self.time or None), self.tokens, ())
 
-    def apart(self, x_M: Array) -> jax.Array:
+    def apart(self, x_M: Array) -> Array:
         """[M, ...] as [B, T, ...]."""
         if ambient_mesh() is None:
             return x_M.reshape(self.rows, self.length, *x_M.shape[1:])
         out = PartitionSpec(self.batch or None, self.time or None)
         return self._mapped(self.enter(x_M), self.tokens, out, (self.local_rows,))
 
-    def _mapped(self, x: Array, within: PartitionSpec, out: PartitionSpec, rows: tuple[int, ...]) -> jax.Array:
+    def _mapped(self, x: Array, within: PartitionSpec, out: PartitionSpec, rows: tuple[int, ...]) -> Array:
         rest = x.shape[1 if rows else 2 :]
         return jax.shard_map(lambda x: x.reshape(*rows, -1, *rest), in_specs=within, out_specs=out, check_vma=False)(x)
 
@@ -82,21 +81,21 @@ class TokenLayout(NamedTuple):
         """Of [M, ...] within a layer."""
         return PartitionSpec((*self.batch, *self.time) or None)
 
-    def place(self, x_M: Array, name: str | None = None) -> Array:
+    def place(self, x: Array, name: str | None = None) -> Array:
         """[M, name, ...] kept in place within a layer."""
-        return self._placed(x_M, name, ())
+        return self._placed(x, name, ())
 
     def between(self, x_M: Array) -> Array:
         """[M, ...] kept in place between layers."""
         return self._placed(x_M, None, self.part)
 
-    def enter(self, x_M: Array) -> jax.Array:
-        """From between layers to within one: gathered, its gradient summed into parts."""
-        return _enter(x_M, self)
+    def enter(self, x: Array) -> Array:
+        """[M, ...] from between layers to within one: gathered, its gradient summed into parts."""
+        return _enter(x, self)
 
-    def leave(self, x_M: Array) -> jax.Array:
-        """From within a layer to between two: summed into parts, its gradient gathered."""
-        return _leave(x_M, self)
+    def leave(self, x: Array) -> Array:
+        """[M, ...] from within a layer to between two: summed into parts, its gradient gathered."""
+        return _leave(x, self)
 
     def _placed(self, x_M: Array, name: str | None, part: tuple[str, ...]) -> Array:
         mesh = ambient_mesh()
@@ -114,12 +113,12 @@ class TokenLayout(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _enter(x_M: jax.Array, layout: TokenLayout) -> jax.Array:
+def _enter(x_M: Array, layout: TokenLayout) -> Array:
     return layout.place(x_M)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _leave(x_M: jax.Array, layout: TokenLayout) -> jax.Array:
+def _leave(x_M: Array, layout: TokenLayout) -> Array:
     return layout.between(x_M)
 
 

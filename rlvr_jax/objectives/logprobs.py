@@ -5,7 +5,7 @@ shifts once and `logp_BT[:, t]` scores token t given the tokens before it. Targe
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ from rlvr_jax.sharding import (
     whole_tiles,
 )
 from rlvr_jax.typing import Array, Float, Int
-
 
 _MASKED = -1e30  # the score of what pads a vocabulary: finite, its weight is 0
 
@@ -195,7 +194,7 @@ class _Chunks:
 
 
 def _forward_local(hidden_BTD, unembed_VD, targets_BT, temperature, *, plan: _Plan):
-    chunks, vocab = _Chunks(*targets_BT.shape, plan.chunk), plan.split.vocab
+    chunks, vocab = _Chunks(targets_BT.shape[0], targets_BT.shape[1], plan.chunk), plan.split.vocab
 
     def score_chunk(_, part):
         hidden_RCD, targets_RC = part
@@ -219,7 +218,7 @@ def _forward_local(hidden_BTD, unembed_VD, targets_BT, temperature, *, plan: _Pl
 
 def _backward_local(saved, cotangents, *, plan: _Plan, over_time: tuple[str, ...], over_width: tuple[str, ...]):
     hidden_BTD, unembed_VD, targets_BT, temperature, scored, (top_BT, log_sum_BT), scores_BTV = saved
-    chunks, accumulator = _Chunks(*targets_BT.shape, plan.chunk), _accumulator(hidden_BTD)
+    chunks, accumulator = _Chunks(targets_BT.shape[0], targets_BT.shape[1], plan.chunk), _accumulator(hidden_BTD)
 
     def chunk_gradient(carry, part):
         d_unembed_VD, d_temperature = carry
