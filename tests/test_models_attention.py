@@ -32,7 +32,7 @@ def value_and_gradients(kind, q, k, v, segments, w):
     return jax.device_get(jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v))
 
 
-def assert_same(got, expected, rtol=3e-6):
+def assert_same(got, expected, rtol=1e-5):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
 
@@ -103,7 +103,7 @@ QWEN2 = QwenConfig("qwen2", 101, 48, 96, 2, 6, 3, 8, qkv_bias=True, tie_word_emb
         (QWEN2, {"fsdp": 2, "sequence": 4}, "full"),
         (QWEN2, {"fsdp": 2, "tensor": 4}, "none"),
     ],
-    ids=str,
+    ids=["qwen3-sequence-tensor", "qwen3-data-tensor", "qwen2-sequence", "qwen2-tensor"],
 )
 def test_log_probs_and_gradients_of_a_model_do_not_depend_on_the_mesh(model, mesh, remat):
     """Heads, kv heads and a vocabulary that do not divide among them."""
