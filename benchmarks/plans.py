@@ -27,7 +27,7 @@ def _decode(config: str, topology: str, *flags: str) -> tuple[str, str, tuple[st
     return "decode", topology, ("--config", config, "--problems", "none", *flags)
 
 
-# name: (program, topology, flags). Rows of the 10k plans are those of the bars, shorter than the recipe's.
+# name: (program, topology, flags). Rows of the 10k plans are shorter than the recipe's.
 PLANS = {
     "8b-v5p-10k": _train(_8B, "v5p:4x4x4", "--algorithm.row-length", "10240"),
     "8b-v5p": _train(_8B, "v5p:4x4x4"),

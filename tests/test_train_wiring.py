@@ -34,7 +34,7 @@ P, R, N = 4, 8, 4  # prompt, response, responses a group
 OPTIM = {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.3, "clip_norm": 0.05}  # eps lets the clip be seen
 
 
-def one_device(*_):
+def one_device(*_, **__):
     return make_mesh(devices=jax.devices()[:1])
 
 

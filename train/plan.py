@@ -173,6 +173,7 @@ class _Run:
                 batch=batch_shards(self.mesh),
                 fsdp=shape["fsdp"],
                 tensor=shape["tensor"],
+                sequence=shape["sequence"],
             ),
         )
 

@@ -31,15 +31,15 @@ def training_flops(config: QwenConfig, rows: int, length: int) -> tuple[float, f
     The model's are 6 N a token and six products of attention: what MFU counts. The policy's are what must be computed
     when nothing is kept that the policy drops: the scores once more in any flash attention; the logits once more, since
     they are made in chunks; with "full" every product forward once more (8 N, and nine products of attention), with
-    "dots" those of attention.
+    "dots" those of attention, with "attention" all but those.
     """
     layers, unembedding = multiplied_params(config)
     tokens, product = float(rows) * length, attention_product(config, rows, length)
     model = 6 * (layers + unembedding) * tokens + (FORWARD + BACKWARD) * product
     again = 2 * unembedding * tokens + SCORES_AGAIN * product
-    if config.remat == "full":
-        again += 2 * layers * tokens + FORWARD * product
-    elif config.remat == "dots":
+    if config.remat in ("full", "attention"):
+        again += 2 * layers * tokens
+    if config.remat in ("full", "dots"):
         again += FORWARD * product
     return model, model + again
 
@@ -58,27 +58,33 @@ def decode_flops(config: QwenConfig, rows: int, context: int) -> float:
 
 
 def training_collectives(
-    config: QwenConfig, rows: int, length: int, *, batch: int, fsdp: int, tensor: int
+    config: QwenConfig, rows: int, length: int, *, batch: int, fsdp: int, tensor: int, sequence: int = 1
 ) -> dict[str, float]:
-    """Bytes that a chip must send for a micro-batch, by mesh axis, everything in bfloat16.
+    """Bytes that a chip must send for a micro-batch, by what needs them, everything in bfloat16.
 
-    Over `fsdp`: weights gathered for the forward pass, again for the backward pass (with "full" or "dots"), the
-    embedding and the unembedding once, and one reduction of all gradients. Over `tensor`: two sums of activations a
-    layer forward and two backward, one more with "full" (that of attention; nothing needs the second one again), and
-    one each for embedding and unembedding. A sum sends 2 (n - 1) / n of the array, a gather or scatter half of it.
+    "weights": those of the layers gathered over `fsdp` and `sequence` for the forward pass, again for the backward pass
+    (but with "none"), embedding and unembedding once over `fsdp`, and one reduction of all gradients. "tensor": two
+    sums of activations a layer forward and two backward, one more where the layer is made again (that of attention;
+    nothing needs the second one again), and one each for embedding and unembedding. A sum sends 2 (n - 1) / n of the
+    array, a gather or scatter half of it. "sequence": queries, keys, values and results change hands between tokens and
+    heads, forward, backward, and once more with "full" and "dots".
 
     Args:
       batch: in how many parts the rows are split.
-      fsdp, tensor: sizes of these axes.
+      fsdp, tensor, sequence: sizes of these axes.
     """
     layers, unembedding = multiplied_params(config)
     tables = unembedding * (1 if config.tie_word_embeddings else 2)
     passes = 1 if config.remat == "none" else 2
-    gathered = 2.0 * (passes * layers + tables) / tensor
-    reduced = 2.0 * (layers + tables) / tensor
-    activations = 2.0 * rows * length / batch * config.hidden_size
-    sums = (5 if config.remat == "full" else 4) * config.num_layers + 2
+    ways = fsdp * sequence
+    weights = 2.0 * (passes + 1) * layers / tensor * (ways - 1) / ways
+    weights += 2.0 * 2 * tables / (tensor * sequence) * (fsdp - 1) / fsdp
+    tokens = 2.0 * rows * length / (batch * sequence)
+    sums = (5 if config.remat in ("full", "attention") else 4) * config.num_layers + 2
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim / tensor
+    exchanges = 3 if config.remat in ("full", "dots") else 2
     return {
-        "fsdp": (gathered + reduced) * (fsdp - 1) / fsdp,
-        "tensor": sums * activations * 2 * (tensor - 1) / tensor,
+        "weights": weights,
+        "tensor": sums * tokens * config.hidden_size * 2 * (tensor - 1) / tensor,
+        "sequence": exchanges * config.num_layers * tokens * heads * (sequence - 1) / sequence,
     }

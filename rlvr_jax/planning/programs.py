@@ -134,7 +134,7 @@ def compile_program(
       resident: kinds and trees of arrays that lie on the chips while the program runs and are no arguments of it.
       model_flops, ideal_flops: of all chips together; see `ideal`.
       ideal_bytes: bytes a chip that must be read at least.
-      ideal_collectives: bytes that a chip must send, by mesh axis.
+      ideal_collectives: bytes that a chip must send, by what needs them.
       unknown_trips: executions of loops whose trip count depends on data.
       smallest_branch: of a conditional the smallest branch runs, not the largest.
       compiler_options: of `.compile`.

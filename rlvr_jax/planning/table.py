@@ -43,7 +43,7 @@ def table(programs: Sequence[ProgramAccount], title: str) -> Table:
     for kind, axes in _ordered((c["kind"], tuple(c["axes"])) for program in programs for c in program.collectives):
         row(f"{kind} {' x '.join(axes) or 'self'}", lambda x, key=(kind, axes): _collective(x, key))
     for axis in _ordered(axis for program in programs for axis in program.ideal_collectives):
-        row(f"least over {axis}, GB", lambda x, axis=axis: _gb(x.ideal_collectives.get(axis)))
+        row(f"least for {axis}, GB", lambda x, axis=axis: _gb(x.ideal_collectives.get(axis)))
     made.add_section()
     row("est. s, fusions", lambda x: f"{x.fusion_s:.4f}")
     row("by FLOPs and bytes alone", lambda x: f"{x.roofline_s:.4f}" if chip.clock else "")
