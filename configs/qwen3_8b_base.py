@@ -26,7 +26,7 @@ from train.config import (
 config = Config(
     run_dir="runs/qwen3_8b_base",
     epochs=1,
-    model=ModelConfig(path="Qwen/Qwen3-8B-Base", remat="full", logprob_chunk=16384),
+    model=ModelConfig(path="Qwen/Qwen3-8B-Base", remat="full", logprob_chunk=8192),
     data=DataConfig(train="data/dapo-math-17k.parquet", val="data/aime-2024.parquet", max_prompt=2048),
     rollout=RolloutConfig(
         generation_batch=1536, n=16, max_response=20480, temperature=1.0, top_p=1.0, prompts_at_once=32
