@@ -148,6 +148,8 @@ class DecodeConfig:
       grader_workers: grading processes for each grader
       dtype: float32 or bfloat16; default: float32 on CPU, bfloat16 elsewhere
       mesh: devices
+      compile_cache: folder that keeps compiled programs, so that a run which goes on does not compile again; auto:
+        compile_cache in out, or that of JAX_COMPILATION_CACHE_DIR where it is set; None: none is kept
       save_tokens: also write tokens.parquet: ids, log-probabilities, delta log-probabilities and where it fired
     """
 
@@ -177,6 +179,7 @@ class DecodeConfig:
     grader_workers: int = 2
     dtype: Literal["float32", "bfloat16"] | None = None
     mesh: MeshConfig = MeshConfig()
+    compile_cache: str | None = "auto"
     save_tokens: bool = False
 
 

@@ -30,7 +30,7 @@ from rlvr_jax.files import write_json
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.config import platform_dtype
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import RunError, parse_config
+from rlvr_jax.program import RunError, compile_cache, parse_config
 from rlvr_jax.rewards.pool import RULES, GraderPool
 from rlvr_jax.sharding import make_mesh
 
@@ -86,7 +86,7 @@ def check(config: DecodeConfig) -> Job:
 def run(job: Job) -> None:
     """Does the job: decodes, grades, writes, summarises. Raises RunError for what ends a run."""
     try:
-        with job.lock:
+        with job.lock, compile_cache(job.config.compile_cache, job.out):
             _run(job)
     except OSError as error:
         raise RunError(f"{error}; the same command goes on where this run stopped") from error

@@ -10,12 +10,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 import tyro
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -26,6 +27,8 @@ Job = TypeVar("Job")
 
 USAGE_ERROR = 2
 RUN_ERROR = 1
+_CACHE_DIR = "jax_compilation_cache_dir"
+_MIN_COMPILE_S = 0.1  # what compiles faster is not worth a file
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 # A log file has no width of its own, and tables cut to 80 columns lose their names.
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
@@ -136,6 +139,42 @@ def _outcome(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], None]
     except KeyboardInterrupt:
         return _fail(RunError("interrupted; the same command goes on from what is saved"), RUN_ERROR), "interrupted"
     return 0, ""
+
+
+@contextlib.contextmanager
+def compile_cache(where: str | None, run_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, a program that this run or an earlier start of it has compiled is read back instead of compiled.
+
+    Of several processes, jax lets number 0 alone write, and the others read. On CPU their programs are not the same to
+    jax, so number 0 alone would be quick, and its collectives would not wait for the others: there, "auto" keeps
+    nothing.
+
+    Args:
+      where: the folder of the programs; "auto": `compile_cache` in `run_dir`, unless jax has been given a folder
+        already (JAX_COMPILATION_CACHE_DIR); None: nothing is kept.
+      run_dir: the run's folder.
+    """
+    given = getattr(jax.config, _CACHE_DIR)
+    folder = where
+    if where == "auto":
+        alone = distributed.cluster().size == 1 or jax.default_backend() != "cpu"
+        folder = given or (os.path.abspath(Path(run_dir) / "compile_cache") if alone else None)
+    options: dict[str, str | float | None] = {_CACHE_DIR: folder}
+    if folder != given:
+        options["jax_persistent_cache_min_compile_time_secs"] = _MIN_COMPILE_S
+        options["jax_persistent_cache_enable_xla_caches"] = "none"  # it puts the folder's path into every key
+    before = {name: getattr(jax.config, name) for name in options}
+    try:
+        _update(options)
+        yield
+    finally:
+        _update(before)
+
+
+def _update(options: dict[str, str | float | None]) -> None:
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # jax looks at the folder once, at its first compilation
 
 
 def config_dict(config: object) -> dict:

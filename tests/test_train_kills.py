@@ -110,7 +110,7 @@ def asked_to_end(monkeypatch, phase, count):
 @pytest.mark.parametrize("one_step_off", [False, True])
 def test_asked_to_end_it_saves_and_goes_on_as_if_nothing_had_been(place, monkeypatch, capsys, one_step_off):
     # One device, which one step off needs; test_train_program resumes on eight.
-    monkeypatch.setattr("train.prepare.make_mesh", lambda *_: make_mesh(devices=jax.devices()[:1]))
+    monkeypatch.setattr("train.prepare.make_mesh", lambda *_, **__: make_mesh(devices=jax.devices()[:1]))
     # Checkpoints are rare, so that what SIGTERM saves is what the run goes on from.
     options = OTHER | {"steps": 3, "checkpoint.every": 0, "rollout.one_step_off": one_step_off}
     folder = place / f"whole_{one_step_off}"

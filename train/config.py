@@ -222,6 +222,9 @@ class LogConfig:
 class Config:
     run_dir: str = "runs/dapo"
     """Where everything goes. A run continues from its newest checkpoint there."""
+    compile_cache: str | None = "auto"
+    """Folder that keeps compiled programs, so that a run which goes on does not compile again. auto: compile_cache in
+    run_dir, or that of JAX_COMPILATION_CACHE_DIR where it is set; None: none is kept."""
     steps: int | None = None
     """Trainer steps in all; None: as many as the epochs give."""
     epochs: int = 1
@@ -242,7 +245,7 @@ class Config:
 
 # What may differ between a checkpoint and the run that continues it: none of it changes what is trained.
 MAY_CHANGE = (
-    *("run_dir", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "distributed", "data.val"),
+    *("run_dir", "compile_cache", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "distributed", "data.val"),
     *("model.remat", "model.attention", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk"),
     "rollout.tensor",
     *("algorithm.micro_batches", "algorithm.row_length"),

@@ -17,7 +17,7 @@ from rlvr_jax.distributed import cluster
 from rlvr_jax.files import remove_leftovers, write_json
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import Preempted, Preemption, RunError, config_dict, console
+from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, config_dict, console
 from rlvr_jax.rewards.pool import rule_version
 from train.ahead import Ahead, own_copy
 from train.bad_batch import STOP_AFTER, Skips, save_bad_batch
@@ -49,6 +49,7 @@ SHOWN = {
 def run(job: Job) -> None:
     """Runs a checked job to its end; raises RunError where it cannot go on."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(compile_cache(job.config.compile_cache, job.config.run_dir))
         stack.enter_context(jax.set_mesh(job.mesh))
         _Run(job, stack).run()
 

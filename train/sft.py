@@ -30,7 +30,7 @@ from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import init_params, param_axes
 from rlvr_jax.objectives.policy import aggregate
-from rlvr_jax.program import RunError, config_dict, console, parse_config, run_program
+from rlvr_jax.program import RunError, compile_cache, config_dict, console, parse_config, run_program
 from rlvr_jax.sharding import ShardingRules
 from rlvr_jax.training import (
     TrainState,
@@ -82,6 +82,8 @@ class SFTConfig:
     """Conversations: parquet or JSONL with `messages`, or `prompt` and `response`."""
     run_dir: str = "runs/sft"
     """Where everything goes. A run continues from its newest checkpoint there."""
+    compile_cache: str | None = "auto"
+    """Folder that keeps compiled programs; auto: compile_cache in run_dir; None: none (see `train.config`)."""
     steps: int | None = None
     """Optimizer steps; None: as many as the epochs give."""
     epochs: int = 1
@@ -102,7 +104,10 @@ class SFTConfig:
     tensorboard: bool = True
 
 
-MAY_CHANGE = ("run_dir", "mesh", "checkpoint", "log_every", "tensorboard", "remat", "logprob_chunk", "micro_batches")
+MAY_CHANGE = (
+    *("run_dir", "compile_cache", "mesh", "checkpoint", "log_every", "tensorboard", "remat", "logprob_chunk"),
+    "micro_batches",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +235,7 @@ def run(job: SFTJob) -> None:
     config, optim, folder = job.config, job.config.optim, Path(job.config.run_dir)
     write_json(folder / "config.json", config_dict(config))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(compile_cache(config.compile_cache, folder))
         stack.enter_context(jax.set_mesh(job.mesh))
         optimizer = adamw(
             b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, clip_norm=optim.clip_norm
