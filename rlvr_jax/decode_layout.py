@@ -66,12 +66,12 @@ def decode_mesh(mesh: AnyMesh, kv_heads: Sequence[int], tensor: int | None = Non
     Raises:
       ValueError: `tensor` does not divide the number of devices.
     """
-    parts = int(mesh.shape["tensor"] * mesh.shape.get(ROWS, 1)) if tensor is None else tensor
+    parts = mesh.shape.get("tensor", 1) * mesh.shape.get(ROWS, 1) if tensor is None else tensor
     if parts < 1 or mesh.size % parts:
         raise ValueError(f"tensor={parts} for decoding: expected a divisor of the mesh's {mesh.size} devices")
     heads = math.gcd(parts, *kv_heads)
     batch = mesh.size // parts
-    data = math.gcd(mesh.shape["data"], batch)
+    data = math.gcd(mesh.shape.get("data", 1), batch)
     sizes = {"data": data, "fsdp": batch // data, "tensor": heads, ROWS: parts // heads}
     if sizes == {axis: mesh.shape.get(axis, 1) for axis in AXES}:
         return mesh

@@ -62,8 +62,7 @@ class ShardingRules:
             return ()
         if name not in self.__dataclass_fields__:
             raise ValueError(f"unknown logical axis {name!r}; expected one of {', '.join(self.__dataclass_fields__)}")
-        axes = getattr(self, name)
-        return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+        return _axes(getattr(self, name))
 
     def spec(self, *names: str | None) -> PartitionSpec:
         """PartitionSpec of an array whose dimensions carry these logical names (None: replicated)."""
@@ -149,13 +148,18 @@ def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
 
 
 def constrain(x: Array, *names: str | None, rules: ShardingRules | None = None) -> Array:
-    """Inside jit: keep `x` laid out by the logical `names` of its dimensions. Without an ambient mesh, `x` itself."""
+    """Inside jit: keep `x` laid out by the logical `names` of its dimensions. Without an ambient mesh, `x` itself.
+
+    Axes that are not the compiler's to lay out are left alone: those of a `jax.shard_map` around it, Explicit ones.
+    """
     rules = rules or DEFAULT_RULES
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not mesh.auto_axes:
         rules.spec(*names)  # a mistyped name fails on one device too
         return x
-    return jax.lax.with_sharding_constraint(x, rules.fitting_spec(mesh, names, np.shape(x)))
+    entries = rules.fitting_spec(mesh, names, np.shape(x))
+    kept = (tuple(axis for axis in _axes(entry) if axis in mesh.auto_axes) for entry in entries)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(_entry, kept)))
 
 
 DEFAULT_RULES = ShardingRules()
@@ -168,14 +172,17 @@ def gather(w: Array, *names: str | None) -> Array:
         return w
     away = DEFAULT_RULES.axes("gathered")
     entries = DEFAULT_RULES.fitting_spec(mesh, names, np.shape(w))
-    kept = (tuple(a for a in ((e,) if isinstance(e, str) else e or ()) if a not in away) for e in entries)
+    kept = (tuple(axis for axis in _axes(entry) if axis not in away) for entry in entries)
     return jax.lax.with_sharding_constraint(w, PartitionSpec(*map(_entry, kept)))
 
 
 def ambient_mesh() -> AbstractMesh | None:
-    """The mesh over which a function may split its work by `jax.shard_map`: None on one device and inside of one."""
+    """The mesh over which a function may split its work by `jax.shard_map`: None on one device and inside of one.
+
+    Nor is there one where axes are Explicit: arrays then lie as their types say.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes or mesh.explicit_axes else mesh
 
 
 def fitting_axes(mesh: Mesh | AbstractMesh | None, name: str, size: int) -> tuple[str, ...]:
@@ -183,7 +190,7 @@ def fitting_axes(mesh: Mesh | AbstractMesh | None, name: str, size: int) -> tupl
     if mesh is None:
         return ()
     (axes,) = DEFAULT_RULES.fitting_spec(mesh, (name,), (size,))
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    return _axes(axes)
 
 
 def ways(axes: tuple[str, ...]) -> int:
@@ -212,6 +219,10 @@ def sum_into(x: Array, dimension: int, scattered: tuple[str, ...], axes: tuple[s
         summed = jax.lax.psum_scatter(summed, scattered, scatter_dimension=dimension, tiled=True)
     whole = tuple(axis for axis in axes if axis not in scattered)
     return jnp.asarray(jax.lax.psum(summed, whole)) if whole else summed
+
+
+def _axes(entry: MeshAxes) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _entry(axes: tuple[str, ...]) -> MeshAxes:

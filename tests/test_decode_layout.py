@@ -50,6 +50,13 @@ def test_the_tensor_axis_is_taken_apart(given, kv_heads, tensor, wanted):
     assert cache_shards(None) == parts_of(None, "vocab", 7) == 1
 
 
+@pytest.mark.parametrize(
+    ("axes", "wanted"), [(("x", "y"), (1, 8, 1, 1)), (("data", "y"), (4, 2, 1, 1)), (("x", "tensor"), (1, 4, 2, 1))]
+)
+def test_a_mesh_may_lack_the_axes(axes, wanted):
+    assert sizes(decode_mesh(AbstractMesh((4, 2), axes), [8])) == wanted
+
+
 def test_the_devices_keep_their_order():
     mesh = make_mesh(1, 8, 1)
     made = decode_mesh(mesh, [2], 4)

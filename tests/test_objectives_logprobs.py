@@ -281,19 +281,28 @@ def test_each_device_scores_its_own_rows_of_a_chunk():
     assert largest_in_hlo(step.lower(hidden, unembed, targets).compile().as_text()) == 64 // 8 * 101
 
 
-def test_inside_shard_map_on_each_devices_rows():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("sizes", [(8,), (2, 2, 2)], ids=str)
+def test_inside_shard_map_on_each_devices_rows(sizes):
+    axes = ("data", "fsdp", "tensor")[: len(sizes)]
+    mesh = jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes))
     hidden, unembed, targets = problem(rows=16, steps=6, width=8, vocabulary=40, dtype=np.float32)
     weight = np.random.default_rng(2).normal(size=targets.shape).astype(np.float32)
 
     def local(hidden, unembed, targets):
-        unembed = jax.lax.pcast(unembed, ("data",), to="varying")
+        unembed = jax.lax.pcast(unembed, axes, to="varying")
         return chunked_logprobs(hidden, unembed, targets, chunk=5)
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(Spec("data"), Spec(), Spec("data")), out_specs=Spec("data"))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(Spec(axes), Spec(), Spec(axes)), out_specs=Spec(axes))
     got = gradients_of(mapped, weight)(hidden, unembed, targets)
     expected = gradients_of(full_logprobs, weight)(hidden, unembed, targets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+def test_a_mesh_of_explicit_axes_is_left_alone():
+    hidden, unembed, targets = problem(dtype=np.float32)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)):
+        got = chunked_logprobs(hidden, unembed, targets, chunk=4)
+    np.testing.assert_allclose(got, reference(hidden, unembed, targets)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [8, 1024])

@@ -52,3 +52,21 @@ def test_constrain_places_under_a_mesh_and_is_identity_without():
         y = jax.jit(lambda x: constrain(x * 1, "batch", None))(x)
     assert {shard.data.shape for shard in y.addressable_shards} == {(1, 2)}
     np.testing.assert_array_equal(y, x)
+
+
+def test_constrain_inside_shard_map_leaves_the_mapped_axes_alone():
+    x = np.arange(16.0, dtype=np.float32).reshape(8, 2)
+    for mapped in ({"data", "fsdp", "sequence", "tensor"}, {"data"}):
+
+        def local(x):
+            return constrain(x * 2, "batch", "ffn")
+
+        run = jax.shard_map(
+            local,
+            mesh=make_mesh(data=2, fsdp=2, tensor=2),
+            in_specs=P("data"),
+            out_specs=P("data"),
+            axis_names=mapped,
+            check_vma=False,
+        )
+        np.testing.assert_array_equal(jax.jit(run)(x), 2 * x)

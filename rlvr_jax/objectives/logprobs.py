@@ -63,7 +63,8 @@ def chunked_logprobs(
     `chunk` counts tokens over the whole (global) batch. A chunk is a slice of time that takes every row, so a batch
     sharded over devices stays sharded inside each chunk. Under an ambient mesh each device scores its own rows against
     its part of the vocabulary: the unembedding is gathered once and its gradient summed over devices once, not in every
-    chunk, as the compiler would do it by itself.
+    chunk, as the compiler would do it by itself. Inside a `jax.shard_map` it scores the rows it is given, with
+    `unembed_DV` made varying first (`jax.lax.pcast`).
     """
     _check_temperature(temperature)
     if chunk < 1:
