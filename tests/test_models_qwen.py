@@ -79,10 +79,15 @@ def test_causal(config):
 def test_padding_changes_nothing(config):
     """Neither the padding nor what stands in it moves the logits of the real tokens; masks of any type."""
     plain = forward(config)(params_of(config), TOKENS)
-    for side, filler, kind in (("left", 0, np.int32), ("left", 17, bool), ("right", 0, np.float32), ("right", 3, int)):
+    for side, filler, seen in (
+        ("left", 0, np.int32(1)),
+        ("left", 17, True),
+        ("right", 0, np.float32(0.5)),
+        ("right", 3, 3),
+    ):
         pad = ((0, 0), (5, 0)) if side == "left" else ((0, 0), (0, 5))
         keep = np.s_[:, 5:] if side == "left" else np.s_[:, :12]
-        mask = np.pad(np.ones_like(TOKENS), pad).astype(kind)
+        mask = np.pad(np.full_like(TOKENS, seen, dtype=type(seen)), pad)
         logits = forward(config)(params_of(config), np.pad(TOKENS, pad, constant_values=filler), None, mask)
         np.testing.assert_allclose(logits[keep], plain, atol=1e-5, rtol=0)
 

@@ -81,12 +81,18 @@ def self_attention(
         raise ValueError(f"attention={kind!r}: expected one of {', '.join(ATTENTIONS)}")
     options = {"tokens": layout.length, "head_dim": q_MNH.shape[2], "dtype": q_MNH.dtype}
     named = resolved_attention(kind, jax.default_backend(), packed=segment_BT is not None, **options)
-    segments = None if segment_BT is None else jnp.asarray(segment_BT, jnp.int32)
+    segments = None if segment_BT is None else _numbers(segment_BT)
     q, k, v = map(jnp.asarray, (q_MNH, k_MKH, v_MKH))
     if ambient_mesh() is None:
         rows = (x.reshape(layout.rows, layout.length, *x.shape[1:]) for x in (q, k, v))
         return _LOCAL[named](*rows, segments).reshape(q_MNH.shape)
     return _over_heads(_LOCAL[named], q, k, v, segments, layout)
+
+
+def _numbers(segment_BT: Array) -> jax.Array:
+    """As int32, a fraction that is not 0 as 1."""
+    number_BT = jnp.asarray(segment_BT, jnp.int32)
+    return jnp.where((segment_BT != 0) & (number_BT == 0), 1, number_BT)
 
 
 def _over_heads(
