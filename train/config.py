@@ -216,6 +216,9 @@ class LogConfig:
     """Groups a trainer step whose responses go to run_dir/rollouts, one JSONL file a step; None: all; 0: none."""
     tokens: bool = True
     """Each of those responses token by token: text, advantage after re-weighting, weight, log-prob."""
+    profile_step: int | None = None
+    """Trainer step, counted from 1, of which jax.profiler writes a trace to run_dir/profile (process 0, its devices);
+    None: none. The first steps compile: take the third or a later one."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,6 +154,11 @@ class _Run:
 
     def _step(self, *, last: bool) -> bool:
         """One trainer step and its records; False where the data are used up."""
+        traced = self.cluster.main and self.trainer_steps + 1 == self.config.log.profile_step
+        with jax.profiler.trace(self.folder / "profile") if traced else contextlib.nullcontext():
+            return self._trained(last)
+
+    def _trained(self, last: bool) -> bool:
         self._interruptible("prepare")
         outside = self.clock.take()
         collected = self._collected(last)

@@ -180,6 +180,7 @@ def value_faults(config: Config) -> Iterator[str]:
         "rollout.prompts_at_once": rollout.prompts_at_once,
         "eval.prompts_at_once": config.eval.prompts_at_once,
         "checkpoint.keep": config.checkpoint.keep,
+        "log.profile_step": config.log.profile_step,
         "reward.memory_mb": config.reward.memory_mb,
     }
     low = {name: x for name, x in (counts | optional).items() if x is not None and x < 1}
