@@ -155,14 +155,10 @@ def _make_finish(
         grads = jax.tree.map(lambda g, p: (g / divisor).astype(p.dtype), made.grads, state.params)
         grads = _placed(grads, shardings)
         loss, grad_norm = made.total / divisor, optax.global_norm(grads)
-        updates, _ = optimizer.update(grads, state.opt_state, state.params)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(updates))
-        kept = finite & (made.weight > 0)
-        # Made once more when that is known, so that the new state takes the place of the old one, array by array.
-        kept, grads, state = jax.lax.optimization_barrier((kept, grads, state))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(updates))
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        new = jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, state)
+        new = jax.tree.map(lambda a, b: jnp.where(finite & (made.weight > 0), a, b), new, state)
         metrics = {name: value / _divisor(count) for name, (value, count) in made.metrics.items()}
         return new, metrics | {
             "loss": loss,

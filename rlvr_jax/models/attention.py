@@ -84,8 +84,8 @@ def self_attention(
     segments = None if segment_BT is None else _numbers(segment_BT)
     q, k, v = map(jnp.asarray, (q_MNH, k_MKH, v_MKH))
     if ambient_mesh() is None:
-        rows = (x.reshape(layout.rows, layout.length, *x.shape[1:]) for x in (q, k, v))
-        return _LOCAL[named](*rows, segments).reshape(q_MNH.shape)
+        q_BTNH, k_BTKH, v_BTKH = (x.reshape(layout.rows, layout.length, *x.shape[1:]) for x in (q, k, v))
+        return _LOCAL[named](q_BTNH, k_BTKH, v_BTKH, segments).reshape(q.shape)
     return _over_heads(_LOCAL[named], q, k, v, segments, layout)
 
 
@@ -178,11 +178,12 @@ def _splash_on(
     interpret: bool = False,
 ) -> jax.Array:
     kernel = _splash_kernel(length, num_heads, interpret)
-    by_head = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    out_BNTH = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash_attention_kernel.SegmentIds(s, s)))(
-        *by_head, segments
-    )
-    return jnp.swapaxes(out_BNTH, 1, 2)
+
+    def row(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
+        return kernel(q, k, v, splash_attention_kernel.SegmentIds(segment, segment))
+
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    return jnp.swapaxes(jax.vmap(row)(q, k, v, segments), 1, 2)
 
 
 def _splash_kernel(length: int, num_heads: int, interpret: bool) -> Any:
@@ -218,7 +219,7 @@ def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | Non
     (q_pad, k, v), segments, length = _padded((q, k, v), segments, size)
     batch, padded, num_heads, head_dim = q_pad.shape
     q_BTKGH = q_pad.reshape(batch, padded, k.shape[2], -1, head_dim)
-    out_BTKGH = _blocks(q_BTKGH, k, v, segments, size)
+    out_BTKGH = jnp.asarray(_blocks(q_BTKGH, k, v, segments, size))
     return out_BTKGH.reshape(batch, padded, num_heads, head_dim)[:, :length]
 
 
@@ -275,8 +276,8 @@ def _blocks_backward(size: int, saved, d_out_BTKGH):
             dv = layers.einsum("BKGCS,BCKGH->BSKH", weights.astype(dtype), d_out_BCKGH, jnp.float32)
             return dq, _add_block(dk_BTKH, dk, j, size), _add_block(dv_BTKH, dv, j, size)
 
-        dq, *carry = jax.lax.fori_loop(0, i + 1, fold, (jnp.zeros(q_BCKGH.shape), *carry))
-        return tuple(carry), dq.astype(dtype)
+        dq, dk_BTKH, dv_BTKH = jax.lax.fori_loop(0, i + 1, fold, (jnp.zeros(q_BCKGH.shape), *carry))
+        return (dk_BTKH, dv_BTKH), dq.astype(dtype)
 
     zeros = (jnp.zeros(k_BTKH.shape), jnp.zeros(v_BTKH.shape))
     (dk, dv), dq_nBCKGH = jax.lax.scan(queries, zeros, jnp.arange(q_BTKGH.shape[1] // size))

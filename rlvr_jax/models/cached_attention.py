@@ -110,7 +110,7 @@ def _fold_chunk(
 ) -> tuple[jax.Array, ...]:
     """One step of the running softmax: (largest score, sum of weights, weighted sum of values), all float32."""
     largest_BKGT, total_BKGT, out_BKGTH = carry
-    scores = _scores(q_BKGTH, part.k) * (q_BKGTH.shape[-1] ** -0.5)
+    scores = _scores(q_BKGTH, jnp.asarray(part.k)) * (q_BKGTH.shape[-1] ** -0.5)
     if part.k_scale is not None:
         scores = scores * part.k_scale[:, :, None, None]
     scores_BKGTC = jnp.where(mask_BTC[:, None, None], scores, _MASKED)

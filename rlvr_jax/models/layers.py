@@ -93,6 +93,10 @@ def _weight_gradient_cpu(x: jax.Array, dy: jax.Array) -> jax.Array:
 dense.defvjp(_dense_forward, _dense_backward)
 
 
+def _dense(x: Array, w: Array, names: tuple[str | None, ...] | None) -> jax.Array:
+    return jnp.asarray(dense(x, w, names))
+
+
 def _precision(x: Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
@@ -260,7 +264,7 @@ def project_qkv(
 
 def _to_heads(y: Array, w: Array, heads: str, head_dim: int, layout: Layout) -> Array:
     """For w [D, N, H], or [D, N H] as decoding keeps it."""
-    projected = jnp.asarray(dense(y, w, layout.weight("embed", heads, "head_dim")))
+    projected = _dense(y, w, layout.weight("embed", heads, "head_dim"))
     return layout.place(projected.reshape(*y.shape[:-1], -1, head_dim), heads)
 
 
@@ -286,10 +290,10 @@ def finish_block(
         gate, up = jnp.split(gate_up, 2, axis=-1)
         return x + linear(jax.nn.silu(gate) * up, p["mlp_out"])
     attended = layout.place(attended, "heads").reshape(*x.shape[:-1], -1)
-    projected = dense(attended, p["o_proj"], layout.weight("heads", "head_dim", "embed"))
+    projected = _dense(attended, p["o_proj"], layout.weight("heads", "head_dim", "embed"))
     x = x + layout.leave(projected)
     y = layout.enter(rms_norm(x, p["mlp_norm"], eps))
     into = layout.weight("embed", "ffn")
-    hidden = jax.nn.silu(dense(y, p["gate_proj"], into)) * dense(y, p["up_proj"], into)
-    down = dense(layout.place(hidden, "ffn"), p["down_proj"], layout.weight("ffn", "embed"))
+    hidden = jax.nn.silu(_dense(y, p["gate_proj"], into)) * _dense(y, p["up_proj"], into)
+    down = _dense(layout.place(hidden, "ffn"), p["down_proj"], layout.weight("ffn", "embed"))
     return x + layout.leave(down)
