@@ -1,14 +1,15 @@
 """Given responses scored by two models at once: the numbers that criteria compare with their thresholds.
 
 Teacher forcing: every token of a response is judged as `decode_selective` would have judged it, given the tokens before
-it. So a threshold for a wanted share of tokens is a quantile of these numbers (`threshold_for_share`).
+it. So a threshold for a wanted share of tokens is a quantile of these numbers (`threshold_for_share`). `score_texts` is
+the loop that reads texts with both models; what it measures is its caller's.
 """
 
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -71,30 +72,16 @@ def criterion_values(
     for criterion in criteria:
         if criterion not in MEASURED:
             raise ValueError(f"criteria has {criterion!r}: expected some of {', '.join(MEASURED)}")
-    if config_base.vocab_size != config_rl.vocab_size:
-        raise ValueError(
-            f"vocab_size of config_base is {config_base.vocab_size} and of config_rl {config_rl.vocab_size}: "
-            "expected two models over one vocabulary"
-        )
-    for name, value in (("batch_tokens", batch_tokens), ("chunk", chunk)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected an integer of at least 1")
-    texts = _checked_texts(prompts, responses, min(config_base.vocab_size, config_rl.vocab_size))
     rule = ScoreRule(tuple(criteria), top_logprobs, sample_from, chunk)
-    models = tuple(
-        language_model(dataclasses.replace(config, dtype=config.dtype or platform_dtype()), cache_dtype)
-        for config in (config_base, config_rl)
-    )
-    found: dict[str, list[np.ndarray]] = {name: [np.zeros(0, np.float32)] * len(texts) for name in criteria}
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        both = tuple(model.prepare(params) for model, params in zip(models, (params_base, params_rl), strict=True))
-        for rows, tokens_BT in _batches([np.concatenate(text) for text in texts], batch_tokens, batch_shards(mesh)):
-            values = {name: np.asarray(x_BT) for name, x_BT in score(models, rule, both, tokens_BT).items()}
-            for i, row in enumerate(rows):
-                prompt, response = texts[row]
-                begin = len(prompt) - 1  # the position that predicts the response's first token
-                for name, x_BT in values.items():
-                    found[name][row] = x_BT[i, begin : begin + len(response)].copy()
+    found: dict[str, list[np.ndarray]] = {name: [np.zeros(0, np.float32)] * len(responses) for name in criteria}
+    for row, measured in score_texts(
+        *(config_base, params_base, config_rl, params_rl, prompts, responses, rule),
+        cache_dtype=cache_dtype,
+        batch_tokens=batch_tokens,
+        mesh=mesh,
+    ):
+        for name, value_T in measured.items():
+            found[name][row] = value_T
     return found
 
 
@@ -147,18 +134,81 @@ def threshold_for_share(criterion: str, values: ArrayLike | Sequence[float], sha
     return Threshold(tau, float(selected_N.mean()), float(count_M[last] / values_N.size))
 
 
-class ScoreRule(NamedTuple):
-    """What is compiled into the program."""
+@runtime_checkable
+class Rule(Protocol):
+    """What is compiled into the program: hashable, and equal where it measures the same.
+
+    `chunk`: tokens whose logits (and several arrays of their size) are held at a time.
+    """
+
+    @property
+    def chunk(self) -> int: ...
+
+    def measure(self, logp_base_NV: jax.Array, logp_rl_NV: jax.Array, token_N: jax.Array) -> dict[str, jax.Array]:
+        """Arrays [N, ...], each with one entry a token."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRule:
+    """Measures `criterion_value` of each criterion."""
 
     criteria: tuple[str, ...]
     top_logprobs: int | None
     sample_from: str
     chunk: int
 
+    def measure(self, logp_base_NV: jax.Array, logp_rl_NV: jax.Array, token_N: jax.Array) -> dict[str, jax.Array]:
+        """[N] a criterion."""
+        options: dict[str, Any] = {"top_logprobs": self.top_logprobs, "sample_from": self.sample_from}
+        return {name: criterion_value(name, logp_base_NV, logp_rl_NV, token_N, **options) for name in self.criteria}
+
+
+def score_texts(
+    config_base: QwenConfig,
+    params_base: Params,
+    config_rl: QwenConfig,
+    params_rl: Params,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    rule: Rule,
+    *,
+    cache_dtype: str | None = None,
+    batch_tokens: int = 16_384,
+    mesh: Mesh | None = None,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yields each response's number and what the rule measures of its tokens, [len(response), ...], longest text first.
+
+    Arguments and errors are those of `criterion_values`. At any time the numbers of one batch are held.
+    """
+    if config_base.vocab_size != config_rl.vocab_size:
+        raise ValueError(
+            f"vocab_size of config_base is {config_base.vocab_size} and of config_rl {config_rl.vocab_size}: "
+            "expected two models over one vocabulary"
+        )
+    for name, value in (("batch_tokens", batch_tokens), ("chunk", rule.chunk)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected an integer of at least 1")
+    texts = _checked_texts(prompts, responses, config_base.vocab_size)
+    models = tuple(
+        language_model(dataclasses.replace(config, dtype=config.dtype or platform_dtype()), cache_dtype)
+        for config in (config_base, config_rl)
+    )
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        both = tuple(model.prepare(params) for model, params in zip(models, (params_base, params_rl), strict=True))
+    batches = _batches([np.concatenate(text) for text in texts], batch_tokens, batch_shards(mesh))
+    for rows, tokens_BT in batches:
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):  # not while the caller has the word
+            measured = {name: np.asarray(x) for name, x in score(models, rule, both, tokens_BT).items()}
+        for i, row in enumerate(rows):
+            prompt, response = texts[row]
+            begin = len(prompt) - 1  # the position that predicts the response's first token
+            yield row, {name: x[i, begin : begin + len(response)].copy() for name, x in measured.items()}
+
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def score(models: tuple, rule: ScoreRule, params: tuple[Params, Params], tokens_BT: Array) -> dict[str, jax.Array]:
-    """[B, T] a criterion; at t the value of token t + 1 (at the last t: of a padding token)."""
+def score(models: tuple, rule: Rule, params: tuple[Params, Params], tokens_BT: Array) -> dict[str, jax.Array]:
+    """[B, T, ...] for each array of the rule; at t what is measured of token t + 1 (at the last t: of padding)."""
     B, T = tokens_BT.shape
     piece = min(T, PIECE)
     width = max(1, min(piece, rule.chunk // B))  # positions whose logits are there at a time
@@ -185,22 +235,23 @@ def score(models: tuple, rule: ScoreRule, params: tuple[Params, Params], tokens_
                 logits_BCV = model.logits(p, hidden_BCD)
                 logp_NV.append(jax.nn.log_softmax(logits_BCV).reshape(B * width, -1))
             token_N = jax.lax.dynamic_slice_in_dim(targets_BP, start, width, axis=1).reshape(-1)
-            measured = {
-                name: criterion_value(
-                    name, logp_NV[0], logp_NV[1], token_N, top_logprobs=rule.top_logprobs, sample_from=rule.sample_from
-                ).reshape(B, width)
-                for name in rule.criteria
-            }
-            return None, measured
+            measured = rule.measure(logp_NV[0], logp_NV[1], token_N)
+            return None, {name: x.reshape(B, width, *x.shape[1:]) for name, x in measured.items()}
 
         _, measured = jax.lax.scan(measure, None, jnp.arange(0, piece, width))
-        return tuple(grown), {name: jnp.moveaxis(x, 0, 1).reshape(B, piece) for name, x in measured.items()}
+        return tuple(grown), {name: _joined(x) for name, x in measured.items()}
 
     caches = tuple(model.init_cache(B, pieces * piece) for model in models)
     begins_I = jnp.arange(pieces, dtype=jnp.int32) * piece
     _, values = jax.lax.scan(read, caches, (begins_I, tokens_IBP, targets_IBP))
-    out = {name: jnp.moveaxis(x_IBP, 0, 1).reshape(B, -1)[:, :T] for name, x_IBP in values.items()}
-    return {name: jnp.asarray(constrain(x_BT, None, None)) for name, x_BT in out.items()}
+    out = {name: _joined(x)[:, :T] for name, x in values.items()}
+    return {name: jnp.asarray(constrain(x, *[None] * x.ndim)) for name, x in out.items()}
+
+
+def _joined(parts: jax.Array) -> jax.Array:
+    """[I, B, P, ...] to [B, I P, ...]."""
+    pieces, B, P, *rest = parts.shape
+    return jnp.moveaxis(parts, 0, 1).reshape(B, pieces * P, *rest)
 
 
 def _batches(texts: list[np.ndarray], batch_tokens: int, shards: int) -> Iterator[tuple[list[int], np.ndarray]]:

@@ -45,7 +45,7 @@ class TokenColumns(NamedTuple):
     @property
     def delta_logp(self) -> np.ndarray:
         """[T] log pi_RL - log pi_Base of the token."""
-        return self.logp_rl - self.logp_base
+        return np.asarray(self.logp_rl) - np.asarray(self.logp_base)
 
 
 class ScoredResponse(NamedTuple):
