@@ -29,7 +29,16 @@ def scored(
     return made_of(problem, sample, source, pieces, rng, correct=correct, top=top)
 
 
-def made_of(problem, sample, source, pieces, rng, *, correct=True, top=5) -> ScoredResponse:
+def made_of(
+    problem: int,
+    sample: int,
+    source: str,
+    pieces: list[str],
+    rng: np.random.Generator,
+    *,
+    correct: bool | None = True,
+    top: int = 5,
+) -> ScoredResponse:
     T = len(pieces)
     token_T = np.array([IDS.setdefault(piece, 10 + len(IDS)) for piece in pieces], np.int32)
     unsure_T = rng.random(T) ** 6

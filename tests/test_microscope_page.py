@@ -16,7 +16,7 @@ from tests.scored_responses import FIGURE, HOSTILE, small_page, vocabulary
 
 ARTIFACTS = Path(__file__).parent.parent / "artifacts" / "microscope"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
-LOCAL = ("file:", "blob:", "data:")
+LOCAL = ("file:", "blob:", "data:", "about:")
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
@@ -24,14 +24,15 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def browser():
+def tab():
+    """A tab of one browser that all tests share: starting another takes longer than a test."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra `test` has it)")
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the path")
     with api.sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
-        yield running
+        yield running.new_page()
         running.close()
 
 
@@ -43,29 +44,28 @@ def written(tmp_path_factory) -> tuple[Path, list[ScoredResponse]]:
 
 
 @pytest.fixture
-def show(browser, written):
-    """Opens the page: show("#hash", width=..., dark=...). Errors and requests of any page fail the test at its end."""
-    troubles, contexts = [], []
+def show(tab, written):
+    """Opens the page afresh: show("#hash", width=..., dark=...). An error or a request fails the test at its end."""
+    troubles = []
+    listeners = {
+        "console": lambda message: message.type in ("error", "warning") and troubles.append(message.text),
+        "pageerror": lambda error: troubles.append(str(error)),
+        "request": lambda request: request.url.startswith(LOCAL) or troubles.append(request.url),
+    }
+    for event, listener in listeners.items():
+        tab.on(event, listener)
 
     def opened(hash="", *, width=1280, height=800, dark=False):
-        context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: message.type in ("error", "warning") and troubles.append(message.text))
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on(
-            "request",
-            lambda request: request.url.startswith(("file:", "blob:", "data:")) or troubles.append(request.url),
-        )
-        page.goto(written[0].as_uri() + hash)
-        page.wait_for_selector("html.complete")
-        return page
+        tab.goto("about:blank")
+        tab.set_viewport_size({"width": width, "height": height})
+        tab.emulate_media(color_scheme="dark" if dark else "light")
+        tab.goto(written[0].as_uri() + hash)
+        tab.wait_for_selector("html.complete")
+        return tab
 
     yield opened
-    for context in contexts:
-        context.close()
+    for event, listener in listeners.items():
+        tab.remove_listener(event, listener)
     assert not troubles
 
 
@@ -237,13 +237,14 @@ def test_the_address_keeps_the_state(show):
     before = page.evaluate("() => location.hash"), page.evaluate("() => ({...window.microscope.state})")
     assert before[1]["colour"] == "entropy_rl"
     assert before[1]["other"] >= 0
-    again = show(before[0])
-    assert again.evaluate("() => window.microscope.state") == before[1]
-    assert again.locator("#panes .pane:visible").count() == 2
-    assert again.input_value("#tau") == "-0.1"
+    page = show(before[0])
+    assert page.evaluate("() => window.microscope.state") == before[1]
+    assert page.locator("#panes .pane:visible").count() == 2
+    assert page.input_value("#tau") == "-0.1"
     # An address that names nothing opens the page as it is.
-    odd = show("#response=9:9:x&colour=__proto__&criterion=constructor&tau=NaN&tab=y&problem=77&other=0:0:base")
-    assert odd.evaluate("() => window.microscope.state") == show().evaluate("() => window.microscope.state")
+    state = show().evaluate("() => window.microscope.state")
+    page = show("#response=9:9:x&colour=__proto__&criterion=constructor&tau=NaN&tab=y&problem=77&other=0:0:base")
+    assert page.evaluate("() => window.microscope.state") == state
 
 
 def test_side_by_side_shows_the_same_problem(show, written):
@@ -271,8 +272,8 @@ def test_hostile_tokens_stay_text(show):
     assert "x" * 300 in text
     assert page.evaluate("() => [window.hostile, document.querySelectorAll('#left img, #left b').length]") == [None, 0]
     page.focus("#left")
-    for _ in range(len(text)):
-        page.keyboard.press("ArrowRight")
+    for key in ("Home", *["ArrowRight"] * 20, "End"):
+        page.keyboard.press(key)
     inside = page.evaluate(
         "() => { const t = document.getElementById('left'); return t.scrollWidth <= t.clientWidth; }"
     )

@@ -27,6 +27,7 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rlvr_jax.files import atomic_path
 from rlvr_jax.microscope.columns import Figure, ScoredResponse
@@ -204,17 +205,17 @@ def _planes(
     return b"".join(parts)
 
 
-def _float_bits(values: np.ndarray, keep: int) -> np.ndarray:
+def _float_bits(values: ArrayLike, keep: int) -> np.ndarray:
     """The upper `keep` bytes of float32, rounded to nearest, as whole numbers."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    floats = np.ascontiguousarray(values, np.float32)
+    bits = floats.view(np.uint32).astype(np.uint64)
     drop = 8 * (4 - keep)
-    finite = np.isfinite(np.asarray(values, np.float32))
-    rounded = np.where(finite, bits + (1 << drop >> 1), bits)
+    rounded = np.where(np.isfinite(floats), bits + (1 << drop >> 1), bits)
     return (rounded >> drop).astype(np.uint32)
 
 
-def _half_bits(logp: np.ndarray) -> np.ndarray:
-    logp = np.asarray(logp, np.float32)
+def _half_bits(values: ArrayLike) -> np.ndarray:
+    logp = np.asarray(values, np.float32)
     coarse = np.where(np.isfinite(logp) & (logp < _UNLIKELY), np.round(logp * _COARSE) / _COARSE, logp)
     return coarse.astype(np.float16).view(np.uint16)
 

@@ -23,7 +23,10 @@ class App {
     this.manifest = manifest;
     this.columns = new Array(manifest.responses.length).fill(null);
     this.state = { ...DEFAULTS };
-    this.sources = [...new Set(manifest.responses.map((r) => r.source))];
+    const rank = (source) => ["base", "rl", "given"].indexOf(source) >>> 0; // others come last
+    this.sources = [...new Set(manifest.responses.map((r) => r.source))].sort(
+      (a, b) => rank(a) - rank(b) || a.localeCompare(b, "en", { numeric: true }),
+    );
     this.timings = {};
     this.list = new ResponseList(this);
     this.legend = new Legend(this);
@@ -60,6 +63,7 @@ class App {
     $("sheet").addEventListener("click", () => {
       const open = $("inspector").classList.toggle("open");
       $("sheet").setAttribute("aria-expanded", open);
+      $("sheet").textContent = open ? "Less" : "More";
     });
     $("keys-open").addEventListener("click", () => $("keys").showModal());
     this.redrawStrips = oncePerFrame(() => this.drawStrips());

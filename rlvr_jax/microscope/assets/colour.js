@@ -93,6 +93,12 @@ class Scale {
     return step > 0 ? this.up[step] : this.down[-step];
   }
 
+  // A stronger colour, for marks that are too small to show a weak one.
+  vivid(value) {
+    const place = this.place(value);
+    return this.colour(Math.sign(place) * Math.abs(place) ** 0.6 * this.range);
+  }
+
   gradient() {
     const stops = [...(this.down ? [...this.down].reverse().slice(0, -1) : []), ...this.up];
     return `linear-gradient(to right, ${stops.filter((_, i) => i % 8 === 0).join(", ")})`;

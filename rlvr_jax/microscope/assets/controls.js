@@ -91,7 +91,7 @@ class ResponseList {
         balance += place * Math.abs(place);
       }
       const size = Math.sqrt(squares / Math.max(1, to - from)) * view.scale.range;
-      context.fillStyle = view.scale.colour(balance < 0 ? -size : size) || cssColour("--strip");
+      context.fillStyle = view.scale.vivid(balance < 0 ? -size : size) || cssColour("--strip");
       context.fillRect((bin * width) / bins, 0, width / bins - (bins * 3 < width ? 1 : 0), height);
     }
   }
@@ -248,15 +248,15 @@ class Threshold {
     this.number.step = step;
     if (document.activeElement !== this.number || Number(this.number.value) !== tau) this.number.value = none ? "" : tau;
     let [chosen, all] = [0, 0];
-    const of = new Map(); // source -> [selected, all]
+    const of = new Map(this.app.sources.map((source) => [source, [0, 0]])); // source -> [selected, all]
     for (const columns of loaded) {
       const count = countSelected(columns, criterion, tau);
-      const own = of.get(columns.source) ?? [0, 0];
+      const own = of.get(columns.source);
       of.set(columns.source, [own[0] + count, own[1] + columns.word.length]);
       chosen += count;
       all += columns.word.length;
     }
-    const each = [...of].map(([source, counts]) => `${this.app.sourceName(source)} ${share(...counts)}`);
+    const each = [...of].filter(([, counts]) => counts[1]).map(([source, counts]) => `${this.app.sourceName(source)} ${share(...counts)}`);
     $("by-source").textContent = none || each.length < 2 || each.length > 3 ? "" : each.join(" · ");
     const named = this.criterion.selectedOptions[0].textContent;
     $("select-now").textContent = none ? "none" : `${named.replace("τ", decimal(tau, 2))} · ${share(chosen, all)}`;

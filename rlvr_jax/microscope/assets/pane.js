@@ -1,6 +1,6 @@
 // One response: a scrolling text of which only the lines in view exist, and a map of the whole beside it.
 
-const OVERSCAN = 24; // lines kept ready above and below the view
+const OVERSCAN = 12; // lines kept ready above and below the view
 
 class Pane {
   // `app` gives: ruler(), view() -> {scale, values(columns), selects, criterion}, and hears inspect(), choose().
@@ -71,6 +71,9 @@ class Pane {
     const width = this.text.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - 2;
     if (width < 40) return;
     this.lineHeight = parseFloat(style.lineHeight);
+    // Kept, so that scrolling never has to ask for them: that would lay the page out twice a frame.
+    this.height = this.text.clientHeight;
+    this.mapHeight = this.mapBox.clientHeight;
     if (width !== this.width) {
       const anchor = this.layout ? this.layout.token[this.layout.first[this.lineAt(this.text.scrollTop)]] : 0;
       const keep = this.width > 0;
@@ -95,9 +98,9 @@ class Pane {
 
   render() {
     if (!this.layout) return;
-    const height = this.text.clientHeight;
-    const top = Math.max(0, this.lineAt(this.text.scrollTop) - OVERSCAN);
-    const bottom = Math.min(this.layout.lines, this.lineAt(this.text.scrollTop + height) + 1 + OVERSCAN);
+    const scrolled = this.text.scrollTop;
+    const top = Math.max(0, this.lineAt(scrolled) - OVERSCAN);
+    const bottom = Math.min(this.layout.lines, this.lineAt(scrolled + this.height) + 1 + OVERSCAN);
     let end = this.top + this.elements.length;
     if (top >= end || bottom <= this.top) {
       this.clear();
@@ -121,7 +124,7 @@ class Pane {
     if (below.length) this.lines.append(...below);
     this.elements = [...above, ...this.elements, ...below];
     this.top = top;
-    this.drawLens();
+    this.drawLens(scrolled);
   }
 
   line(line, view, values) {
@@ -139,8 +142,6 @@ class Pane {
       if (start[token[i]] === i) {
         span.id = `${this.id}-${token[i]}`;
         span.setAttribute("role", "option");
-        span.setAttribute("aria-posinset", token[i] + 1);
-        span.setAttribute("aria-setsize", this.columns.word.length);
       }
       this.paint(span, view, values);
       element.append(span);
@@ -150,14 +151,22 @@ class Pane {
 
   paint(span, view, values) {
     const { token } = span;
+    const focused = token === this.focused;
     const selected = view.selects(view.criterion ? view.criterion(this.columns)[token] : NaN);
     span.className =
       (span.mark ? "t mark" : "t") +
       (selected ? " chosen" : "") +
-      (token === this.focused ? " on" : "") +
+      (focused ? " on" : "") +
       (token === this.hovered ? " under" : "");
-    span.style.backgroundColor = view.scale.colour(values[token]);
-    if (span.id) span.setAttribute("aria-selected", token === this.focused);
+    const colour = view.scale.colour(values[token]);
+    if (colour || span.style.length) span.style.backgroundColor = colour;
+    if (!span.id || focused === span.hasAttribute("aria-posinset")) return;
+    // Only the focused token is spoken of, so only it says where it is.
+    const places = { "aria-selected": true, "aria-posinset": token + 1, "aria-setsize": this.columns.word.length };
+    for (const [name, value] of Object.entries(places)) {
+      if (focused) span.setAttribute(name, value);
+      else span.removeAttribute(name);
+    }
   }
 
   // Colours and outlines again: what a changed measure, range, threshold or theme asks for.
@@ -205,7 +214,7 @@ class Pane {
   reveal(token) {
     const y = this.layout.line[token] * this.lineHeight;
     const margin = 2 * this.lineHeight;
-    const height = this.text.clientHeight;
+    const { height } = this;
     const top = this.text.scrollTop;
     if (y - margin < top) this.text.scrollTop = y - margin;
     else if (y + this.lineHeight + margin > top + height) this.text.scrollTop = y + this.lineHeight + margin - height;
@@ -221,7 +230,7 @@ class Pane {
 
   key(event) {
     if (event.altKey || event.ctrlKey || event.metaKey || !this.columns.word.length || !this.layout) return;
-    const page = Math.max(1, Math.floor(this.text.clientHeight / this.lineHeight) - 2);
+    const page = Math.max(1, Math.floor(this.height / this.lineHeight) - 2);
     const moves = {
       ArrowRight: () => this.focused + 1,
       ArrowLeft: () => this.focused - 1,
@@ -269,15 +278,13 @@ class Pane {
     const box = this.mapBox.getBoundingClientRect();
     const { rows, height } = this.mapScale();
     const line = (event.clientY - box.top) / (height / rows);
-    this.text.scrollTop = line * this.lineHeight - this.text.clientHeight / 2;
+    this.text.scrollTop = line * this.lineHeight - this.height / 2;
     event.preventDefault();
   }
 
   // The map shows `rows` lines on `height` pixels: short responses are not stretched.
   mapScale() {
-    const box = this.mapBox.clientHeight;
-    const height = Math.min(box, this.layout.lines * 4);
-    return { rows: this.layout.lines, height };
+    return { rows: this.layout.lines, height: Math.min(this.mapHeight, this.layout.lines * 4) };
   }
 
   drawMap() {
@@ -298,10 +305,10 @@ class Pane {
         for (let i = first[line]; i < first[line + 1]; i++) {
           const place = Math.abs(view.scale.place(values[token[i]]));
           if (mark[i] || place > 0.5 !== strong) continue;
-          const colour = view.scale.colour(values[token[i]]);
+          const colour = view.scale.vivid(values[token[i]]);
           context.globalAlpha = colour ? 1 : 0.1;
           context.fillStyle = colour || ink;
-          context.fillRect(x[i] * across, line * row, Math.max(1, wide[i] * across), thick);
+          context.fillRect(x[i] * across, line * row, Math.max(strong ? 2 : 1, wide[i] * across), thick);
         }
       }
     };
@@ -316,13 +323,13 @@ class Pane {
         break;
       }
     }
-    this.drawLens();
+    this.drawLens(this.text.scrollTop);
   }
 
-  drawLens() {
+  drawLens(scrolled) {
     const { rows, height } = this.mapScale();
     const perPixel = height / (rows * this.lineHeight);
-    this.lens.style.top = `${this.text.scrollTop * perPixel}px`;
-    this.lens.style.height = `${Math.min(height, this.text.clientHeight * perPixel)}px`;
+    this.lens.style.top = `${scrolled * perPixel}px`;
+    this.lens.style.height = `${Math.min(height, this.height * perPixel)}px`;
   }
 }
