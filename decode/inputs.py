@@ -14,6 +14,7 @@ from rlvr_jax.data.tasks import is_tasks
 from rlvr_jax.data.text import Tokenizer, encode_text, load_tokenizer, render_chat, stop_token_ids
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import checkpoint_folder
+from rlvr_jax.remote import TEXT_FILES, local
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +98,10 @@ def _model_folder(role: str, path: str) -> Path:
 def _tokenizer_folder(config: DecodeConfig) -> Path:
     if config.tokenizer is None:
         return checkpoint_folder(config.rl or config.base or "")
-    if not Path(config.tokenizer).is_dir():
+    folder = Path(local(config.tokenizer, TEXT_FILES))
+    if not folder.is_dir():
         raise ValueError(f"tokenizer = {config.tokenizer}: no such folder")
-    return Path(config.tokenizer)
+    return folder
 
 
 def _check_vocabularies(
@@ -181,7 +183,7 @@ def _stop_tokens(
 
 def _hash_problems(source: str, problems: list[Problem]) -> str:
     if not is_tasks(source):
-        return _hash_file(Path(source))
+        return _hash_file(Path(local(source)))
     return hashlib.sha256(repr([(x.messages, x.answer) for x in problems]).encode(errors="surrogatepass")).hexdigest()
 
 

@@ -32,6 +32,7 @@ from rlvr_jax.models.config import platform_dtype
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import RunError, compile_cache, parse_config
 from rlvr_jax.rewards.pool import RULES, GraderPool
+from rlvr_jax.run_folder import RunFolder
 from rlvr_jax.sharding import make_mesh
 
 DESCRIPTION = "Batch decoding with one or two models. `python -m decode compare RUN RUN ...` compares finished runs."
@@ -41,20 +42,21 @@ DESCRIPTION = "Batch decoding with one or two models. `python -m decode compare 
 class Job:
     """A run whose input has been checked.
 
-    `plans` says, by the name of the setting, how many responses are decoded at once; `lock` keeps other runs out of its
-    folder.
+    `plans` says, by the name of the setting, how many responses are decoded at once; `folder` is that of the results,
+    and `lock` keeps other runs of this machine out of it.
     """
 
     config: DecodeConfig
     inputs: Inputs
     mesh: Mesh | None
     plans: dict[str, MemoryPlan]
+    folder: RunFolder
     lock: contextlib.AbstractContextManager[None]
 
     @property
     def out(self) -> Path:
-        """Folder of the results."""
-        return Path(self.config.out)
+        """Folder of the results on this machine."""
+        return self.folder.local
 
 
 def prepare(argv: Sequence[str]) -> Job:
@@ -77,16 +79,16 @@ def check(config: DecodeConfig) -> Job:
         if grader not in RULES:
             with GraderPool(workers=1) as pool:  # a researcher's own grader is imported now, not after hours
                 pool.grade(grader, [""], [""])
-    out = Path(config.out)
-    held = lock(out)
-    check_resume(out, config, inputs.fingerprints)
-    return Job(config, inputs, mesh, plans, held)
+    folder = RunFolder(config.out).take()
+    held = lock(folder.local)
+    check_resume(folder.local, config, inputs.fingerprints)
+    return Job(config, inputs, mesh, plans, folder, held)
 
 
 def run(job: Job) -> None:
     """Does the job: decodes, grades, writes, summarises. Raises RunError for what ends a run."""
     try:
-        with job.lock, compile_cache(job.config.compile_cache, job.out):
+        with job.folder, job.lock, compile_cache(job.config.compile_cache, job.out):
             _run(job)
     except OSError as error:
         raise RunError(f"{error}; the same command goes on where this run stopped") from error
@@ -117,6 +119,7 @@ def _run(job: Job) -> None:
     if missing:
         models = {role: _load(job, role) for role in job.inputs.folders}
     write_config(out, config, job.inputs)  # after the models: one that cannot be read claims no folder
+    job.folder.sync()  # a place that cannot be written to is found now
     progress = DecodeProgress(sum(one.total for one in runs), sum(one.done for one in runs))
     with progress, GraderPool(config.grader_workers) as pool:
         for line in dict.fromkeys(str(job.plans[one.setting.name]) for one in missing):
@@ -138,7 +141,7 @@ def _run(job: Job) -> None:
     screen.print(summary_table(records))
     for line in remarks(records):
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
-    screen.print(f"results: {out}", markup=False, highlight=False, soft_wrap=True)
+    screen.print(f"results: {job.folder.url or out}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _decode(job: Job, models: Models, runs: Sequence["_SettingRun"], writer: Writer, progress: DecodeProgress) -> None:

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+
+from rlvr_jax.checkpoint_s3 import extend_orbax_to_s3
+from rlvr_jax.remote import filesystem, is_url
 
 log = logging.getLogger(__name__)
 # Orbax reports every stage of every save at INFO through absl; a run has its own progress display.
@@ -27,19 +31,22 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, a folder a step, written in the background.
 
-    A checkpoint appears under its final name only when complete, so a run killed while saving resumes from the one
-    before. Use as a context manager: leaving it waits for the last save.
+    A checkpoint counts only when complete (a folder gets its final name then, and at a URL a file that says so), so a
+    run killed while saving resumes from the one before. Use as a context manager: leaving it waits for the last save.
 
     Args:
-      directory: where the step folders go; made when missing.
+      directory: where the step folders go, made when missing: a folder, gs://... or s3://...
       keep: number of newest checkpoints kept; None keeps all.
+
+    Raises:
+      ValueError: `keep`; a URL of another kind, or one that cannot be written to with what is installed.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int | None = None):
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be None or at least 1 checkpoint, got {keep}")
         self._manager = ocp.CheckpointManager(
-            Path(directory).absolute(),
+            _place(directory),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
@@ -94,7 +101,7 @@ class Checkpoints:
             raise ValueError(f"no checkpoint of step {step} in {self._manager.directory}; there are {self.steps}")
         outer = self._host(step)
         items = {"state": ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))}
-        has_arrays = (Path(self._manager.directory) / str(step) / "arrays").exists()
+        has_arrays = (epath.Path(self._manager.directory) / str(step) / "arrays").exists()
         if has_arrays:
             items["arrays"] = ocp.args.StandardRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -118,6 +125,29 @@ class Checkpoints:
 
     def _host(self, step: int) -> dict:
         return self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+
+
+def any_there(directory: str | os.PathLike[str]) -> bool:
+    """Whether there is such a folder of checkpoints, perhaps without a complete one."""
+    return _place(directory).is_dir()
+
+
+def check_place(directory: str | os.PathLike[str]) -> None:
+    """Raises ValueError where no checkpoints can be written, as `Checkpoints` does."""
+    _place(directory)
+
+
+def _place(directory: str | os.PathLike[str]) -> epath.Path:
+    """The folder as orbax takes it."""
+    if not is_url(directory):
+        return epath.Path(Path(directory).absolute())
+    url = os.fspath(directory)
+    if not url.startswith(("gs://", "s3://")):
+        raise ValueError(f"{url}: no checkpoints can be written there, expected a folder, gs://... or s3://...")
+    filesystem(url)  # what reads it is installed
+    if url.startswith("s3://"):
+        extend_orbax_to_s3()
+    return epath.Path(url)
 
 
 def require_same_config(saved: Mapping, current: Mapping, *, may_change: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.data.sources import check_source
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.remote import TEXT_FILES, filesystem, is_url, listing, local_copy, naming
 from rlvr_jax.sharding import MESH_AXES
 from train.config import Config
 from train.prepare import (
@@ -190,7 +191,9 @@ def _prompts_say(prompts: PromptSet) -> str:
 
 
 def _config_folder(path: str) -> Path:
-    """The folder that holds config.json: the model's own, or that of the hub's cache."""
+    """The folder that holds config.json: the model's own, a copy of what is at a URL, or that of the hub's cache."""
+    if is_url(path):
+        return local_copy(path, TEXT_FILES)
     if path and Path(path).is_dir():
         return Path(path)
     import huggingface_hub  # only here: a local model must not depend on the hub's settings
@@ -204,7 +207,11 @@ def _config_folder(path: str) -> Path:
 
 def _weights(path: str) -> int:
     """How many files hold the weights; ValueError where there is none. Nothing is fetched."""
-    if Path(path).is_dir():
+    if is_url(path):
+        fs, root = filesystem(path)
+        with naming(path):
+            files = list(listing(fs, root, depth=1))
+    elif Path(path).is_dir():
         files = [file.name for file in Path(path).iterdir()]
     else:
         import huggingface_hub
@@ -217,7 +224,7 @@ def _weights(path: str) -> int:
 
 
 def _tokenizer(path: str, folder: Path) -> Tokenizer:
-    tokenizer = load_tokenizer(folder if Path(path).is_dir() else path)
+    tokenizer = load_tokenizer(folder if is_url(path) or Path(path).is_dir() else path)
     stop_token_ids(tokenizer, folder)
     return tokenizer
 

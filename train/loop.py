@@ -26,7 +26,8 @@ from train.evaluate import evaluate
 from train.export import export
 from train.groups import Group, from_plain, to_plain
 from train.metrics import MetricLog, plain, write_jsonl
-from train.prepare import Job, fingerprint
+from train.prepare import Job
+from train.resume import fingerprint
 from train.rollout import Collected, Collector, Decoder
 from train.step_metrics import PhaseClock, memory_metrics, phase_metrics
 from train.together import SharedPool, SharedSpool, require_same_groups
@@ -49,7 +50,8 @@ SHOWN = {
 def run(job: Job) -> None:
     """Runs a checked job to its end; raises RunError where it cannot go on."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(compile_cache(job.config.compile_cache, job.config.run_dir))
+        stack.enter_context(job.folder)
+        stack.enter_context(compile_cache(job.config.compile_cache, job.folder.local))
         stack.enter_context(jax.set_mesh(job.mesh))
         _Run(job, stack).run()
 
@@ -59,7 +61,7 @@ class _Run:
 
     def __init__(self, job: Job, stack: contextlib.ExitStack):
         config = job.config
-        self.job, self.config, self.folder = job, config, Path(config.run_dir)
+        self.job, self.config, self.folder = job, config, job.folder.local
         self.cluster = cluster()
         self.cluster.phase("load", 0)
         self.decoder = Decoder(
@@ -94,7 +96,7 @@ class _Run:
             self.collector.prompt_length,
             self._load(job.model_config.dtype) if config.algorithm.needs_reference else None,
         )
-        self.checkpoints = stack.enter_context(Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep))
+        self.checkpoints = stack.enter_context(Checkpoints(job.folder.checkpoints, keep=config.checkpoint.keep))
         self.trainer_steps, self.skips = 0, Skips()
         self.preemption = stack.enter_context(Preemption())
         if self.cluster.watch is not None:
@@ -123,9 +125,11 @@ class _Run:
         for name in (".", "generated", "rollouts", "eval"):
             remove_leftovers(self.folder / name)
         write_json(self.folder / "config.json", config)
+        self.job.folder.sync()  # a place that cannot be written to is found now
         log = self.config.log
+        name = log.name or (self.job.folder.url or "").rpartition("/")[2] or None
         return open_trackers(
-            stack, log.trackers, self.folder, config, resume=resume, project=log.project, run_name=log.name
+            stack, log.trackers, self.folder, config, resume=resume, project=log.project, run_name=name
         )
 
     def run(self) -> None:
@@ -134,7 +138,7 @@ class _Run:
             if prompts is not None:
                 self.display.line(f"{name}: {prompts.summary(self.config.data.max_prompt)}")
         if self.trainer_steps:
-            self.display.line(f"resumed {self.folder} after trainer step {self.trainer_steps}")
+            self.display.line(f"resumed {self.config.run_dir} after trainer step {self.trainer_steps}")
         steps = math.inf if self.config.steps is None else self.config.steps
         self.position, self.covered = self.collector.snapshot(), 0
         try:
@@ -149,7 +153,7 @@ class _Run:
         self._export(self.folder / "hf")
         self.display.line(
             f"done: {self.trainer_steps} trainer steps, {self.trainer.optimizer_steps} optimizer steps, "
-            f"{self.collector.generation_batches} generation batches; model in {self.folder / 'hf'}"
+            f"{self.collector.generation_batches} generation batches; model in {self.job.folder.url or self.folder}/hf"
         )
 
     def _step(self, *, last: bool) -> bool:
@@ -342,6 +346,7 @@ class _Run:
             groups, more = to_plain(ahead.groups)
             host["ahead"] = {"groups": groups, "metrics": {name: plain(x) for name, x in ahead.metrics.items()}}
             arrays = arrays | {f"ahead_{name}": x for name, x in more.items()}
+        self.job.folder.sync()  # before the checkpoint that counts on it
         self.checkpoints.save(self.trainer_steps, self.trainer.state, host=host, arrays=arrays)
         self.spool.discard(self.covered)  # by the checkpoint before: this one is being written
         self.covered = position.drawn

@@ -1,7 +1,6 @@
 """Everything about a run that can be checked before the long work starts: one clear sentence, exit code 2."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -11,7 +10,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from rlvr_jax.checkpoint import Checkpoints, require_same_config
 from rlvr_jax.data.problems import Problem
 from rlvr_jax.data.prompts import PromptSet, tokenize_prompts
 from rlvr_jax.data.sources import check_source, load_problems
@@ -26,9 +24,11 @@ from rlvr_jax.objectives.policy import AGGREGATIONS, POLICY_LOSSES
 from rlvr_jax.objectives.reweight import REWEIGHTINGS
 from rlvr_jax.program import config_dict, parse_config
 from rlvr_jax.rewards.pool import RULES, GraderPool
+from rlvr_jax.run_folder import RunFolder
 from rlvr_jax.sharding import make_mesh
 from train.config import MAY_CHANGE, Config, MeshConfig
 from train.evaluate import distinct
+from train.resume import fingerprint, resumable, run_folder
 from train.together import identity
 from train.trackers import tracker_module
 
@@ -54,6 +54,8 @@ class Job:
     record: dict
     """What a checkpoint is compared with: the configuration and a fingerprint of the training problems as tokens."""
     resume_from: int | None
+    folder: RunFolder
+    """Where everything goes."""
 
 
 def prepare(argv: Sequence[str]) -> Job:
@@ -114,6 +116,7 @@ def check(config: Config) -> Job:
         "data_sha256": fingerprint(json.dumps([train.tokens, [p.answer for p in train.problems]]).encode())
     }
     cluster().require_same("the configuration, the training problems or the code", *identity(record))
+    place = run_folder(config.run_dir).take()
     return Job(
         config=config,
         model_folder=folder,
@@ -125,7 +128,8 @@ def check(config: Config) -> Job:
         mesh=mesh,
         rollout_mesh=decode_mesh(mesh, [model_config.num_kv_heads], config.rollout.tensor),
         record=record,
-        resume_from=resumable(config.run_dir, record, MAY_CHANGE, defaults=config_dict(Config())),
+        resume_from=resumable(place, record, MAY_CHANGE, defaults=config_dict(Config())),
+        folder=place,
     )
 
 
@@ -342,30 +346,6 @@ def check_shards(shards: int, rows: int, what: str) -> None:
         raise ValueError(f"{what} = {rows} rows do not divide over the {shards} shards of mesh.data * mesh.fsdp")
 
 
-def fingerprint(*parts: bytes) -> str:
-    """SHA-256 of the data that a run trains on."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def resumable(run_dir: str, record: dict, may_change: Sequence[str], *, defaults: dict | None = None) -> int | None:
-    """Step of the newest checkpoint in a run's folder; ValueError if it was made with another configuration.
-
-    An option that is younger than the checkpoint had the value that it has in `defaults`.
-    """
-    folder = Path(run_dir) / "checkpoints"
-    if not cluster().broadcast(folder.is_dir()):
-        return None
-    with Checkpoints(folder) as checkpoints:
-        step = cluster().broadcast(checkpoints.latest)
-        if step is not None:
-            saved = _filled(checkpoints.host(step)["config"], defaults or {})
-            require_same_config(saved, record, may_change=may_change)
-        return step
-
-
 def try_rule(config: Config, problems: Sequence[Problem]) -> None:
     """A rule of one's own must at least be there; a reasoning-gym task must be able to make its problems again."""
     rule, tries = config.reward.rule, [("", "")]
@@ -379,13 +359,6 @@ def try_rule(config: Config, problems: Sequence[Problem]) -> None:
     failed = [verdict.error for verdict in graded if verdict.error] if rule == "reasoning_gym" else []
     if failed:
         raise ValueError(f"data.train={config.data.train}: its problems cannot be graded: {failed[0]}")
-
-
-def _filled(saved: dict, defaults: dict) -> dict:
-    return defaults | {
-        key: _filled(value, defaults.get(key) or {}) if isinstance(value, dict) else value
-        for key, value in saved.items()
-    }
 
 
 def _text(problem: Problem) -> tuple[str, ...]:

@@ -31,6 +31,8 @@ from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import init_params, param_axes
 from rlvr_jax.objectives.policy import aggregate
 from rlvr_jax.program import RunError, compile_cache, config_dict, console, parse_config, run_program
+from rlvr_jax.remote import local
+from rlvr_jax.run_folder import RunFolder
 from rlvr_jax.sharding import ShardingRules
 from rlvr_jax.training import (
     TrainState,
@@ -45,7 +47,8 @@ from train.dapo import Apply, model_apply, sequence_logprobs
 from train.display import Display
 from train.export import export
 from train.metrics import MetricLog
-from train.prepare import check_optim, fingerprint, mesh_for, model_folder, read_model_config, resumable
+from train.prepare import check_optim, mesh_for, model_folder, read_model_config
+from train.resume import fingerprint, resumable, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +128,8 @@ class SFTJob:
     record: dict
     """What a checkpoint is compared with: the configuration and a fingerprint of the data as tokens."""
     resume_from: int | None
+    folder: RunFolder
+    """Where everything goes."""
 
 
 def prepare(argv: Sequence[str]) -> SFTJob:
@@ -154,13 +159,13 @@ def check(config: SFTConfig) -> SFTJob:
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"seed={config.seed}: expected 0 to 2**31 - 1")
     check_optim(config.optim)
-    if not Path(config.data).is_file():  # before a model is downloaded
+    if not Path(local(config.data)).is_file():  # before a model is downloaded
         raise ValueError(f"{config.data}: no such file")
     folder = model_folder(config.model) if config.model else None
     tokenizer = load_tokenizer(config.tokenizer or str(folder))
     tokens_NT, loss_mask_NT = encode(tokenizer, config.data, config.max_tokens)
     model_config = read_model_config(
-        folder or Path(config.init_config),
+        folder or Path(local(config.init_config)),
         tokenizer,
         compute_dtype=config.compute_dtype,
         remat=config.remat,
@@ -169,6 +174,7 @@ def check(config: SFTConfig) -> SFTJob:
         what="the longest conversation",
     )
     record = config_dict(config) | {"data_sha256": fingerprint(tokens_NT.tobytes(), loss_mask_NT.tobytes())}
+    place = run_folder(config.run_dir).take()
     return SFTJob(
         config=config,
         model_folder=folder,
@@ -180,11 +186,12 @@ def check(config: SFTConfig) -> SFTJob:
         steps=config.steps or math.ceil(config.epochs * len(tokens_NT) / config.batch),
         record=record,
         resume_from=resumable(
-            config.run_dir,
+            place,
             record,
             # at a constant rate, more steps are the same run, longer
             (*MAY_CHANGE, *(("steps", "epochs") if config.optim.schedule == "constant" else ())),
         ),
+        folder=place,
     )
 
 
@@ -232,9 +239,11 @@ def initial_params(job: SFTJob) -> Any:
 
 def run(job: SFTJob) -> None:
     """Runs a checked job to its end; raises RunError where it cannot go on."""
-    config, optim, folder = job.config, job.config.optim, Path(job.config.run_dir)
-    write_json(folder / "config.json", config_dict(config))
+    config, optim, folder = job.config, job.config.optim, job.folder.local
     with contextlib.ExitStack() as stack:
+        stack.enter_context(job.folder)
+        write_json(folder / "config.json", config_dict(config))
+        job.folder.sync()  # a place that cannot be written to is found now
         stack.enter_context(compile_cache(config.compile_cache, folder))
         stack.enter_context(jax.set_mesh(job.mesh))
         optimizer = adamw(
@@ -249,7 +258,7 @@ def run(job: SFTJob) -> None:
             shardings=jax.tree.map(lambda x: x.sharding, state),
         )
         batches = prompt_batches(range(len(job.tokens_NT)), config.batch, config.seed)
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep))
+        checkpoints = stack.enter_context(Checkpoints(job.folder.checkpoints, keep=config.checkpoint.keep))
         done = 0
         if job.resume_from is not None:
             restored = checkpoints.restore(state, job.resume_from)
@@ -259,7 +268,7 @@ def run(job: SFTJob) -> None:
         stack.callback(metrics.close)
         display = stack.enter_context(Display(console, total=job.steps, done=done, shown=SHOWN))
         if done:
-            display.line(f"resumed {folder} after step {done}")
+            display.line(f"resumed {config.run_dir} after step {done}")
         place = ShardingRules().sharding(job.mesh, ("batch", "time"), (config.batch, job.tokens_NT.shape[1]))
         display.phase("update")
         skipped_before = done - int(state.step)
@@ -301,9 +310,10 @@ def run(job: SFTJob) -> None:
             every = config.checkpoint.every
             if last or (every and (number + 1) % every == 0):
                 host = {"config": job.record, "data": batches.get_state()}
+                job.folder.sync()  # before the checkpoint that counts on it
                 checkpoints.save(number + 1, state, host=host)
         out, dtype = folder / "hf", config.checkpoint.export_dtype
-        source = Path(config.tokenizer) if config.tokenizer else job.model_folder
+        source = Path(local(config.tokenizer)) if config.tokenizer else job.model_folder
         export(
             out,
             job.model_config,
@@ -313,7 +323,7 @@ def run(job: SFTJob) -> None:
             tokenizer_folder=source,
             dtype=dtype,
         )
-        display.line(f"done: {job.steps} steps; model in {out}")
+        display.line(f"done: {job.steps} steps; model in {job.folder.url or folder}/hf")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rlvr_jax.data.rows import read_rows, write_rows
 from rlvr_jax.data.text import check_messages
+from rlvr_jax.remote import local
 from rlvr_jax.rewards.rules import last_boxed
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def read_problems(
     data without repeats in a batch (but where one epoch ends and the next begins).
 
     Args:
-        path: the file.
+        path: the file; one at a URL is copied to this machine (`rlvr_jax.remote`).
         prompt_suffix: if given, the last user turn becomes its stripped text plus this.
         deduplicate: "none" keeps every row; "by_id" keeps the first row of every id. Both count the rows in `repeats`.
 
@@ -73,7 +74,7 @@ def read_problems(
     """
     if deduplicate not in ("none", "by_id"):
         raise ValueError(f"deduplicate = {deduplicate!r}: expected 'none' or 'by_id'")
-    path = Path(path)
+    path = Path(local(str(path)))
     # A file may hold 1.8 million rows of 17 thousand problems, so equal content is kept once.
     numbers: dict[Any, int] = {}
     contents: list[tuple[tuple[dict[str, str], ...], str]] = []

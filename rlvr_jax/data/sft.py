@@ -6,6 +6,7 @@ from typing import Any
 
 from rlvr_jax.data.rows import read_rows, write_rows
 from rlvr_jax.data.text import Tokenizer, check_messages, encode_text, render_chat
+from rlvr_jax.remote import local
 
 Conversation = tuple[dict[str, str], ...]
 
@@ -22,7 +23,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     """
     return [
         _conversation(row, f"{path} row {number}")
-        for number, row in read_rows(path, ("messages", "prompt", "response"))
+        for number, row in read_rows(local(str(path)), ("messages", "prompt", "response"))
     ]
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from rlvr_jax.data.problems import Problem, read_problems
 from rlvr_jax.data.tasks import check_tasks, is_tasks, read_tasks
+from rlvr_jax.remote import local
 from rlvr_jax.rewards.pool import RULES
 
 
@@ -22,7 +23,7 @@ def check_source(source: str, *, rule: str) -> None:
         )
     if is_tasks(source):
         check_tasks(source)
-    elif not Path(source).is_file():
+    elif not Path(local(source)).is_file():
         raise ValueError(f"{source}: no such file")
 
 

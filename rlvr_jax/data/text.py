@@ -13,6 +13,8 @@ import jinja2
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
+from rlvr_jax.remote import TEXT_FILES, local
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,11 +25,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     whatever tokenizer.json says, so a folder with another vocabulary or pre-tokenizer would be read wrongly.
 
     Args:
-        path: a folder, or a name on the Hugging Face hub.
+        path: a folder, a URL of one (`rlvr_jax.remote`), or a name on the Hugging Face hub.
 
     Raises:
         ValueError: no tokenizer there, or one that cannot be read.
     """
+    path = local(str(path), TEXT_FILES)
     folder = Path(path)
     if folder.is_dir() and not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder}: no tokenizer.json in this folder")

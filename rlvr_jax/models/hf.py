@@ -20,6 +20,7 @@ from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf_names import TOP_NAMES, Slot, checkpoint_slots
 from rlvr_jax.models.qwen import Params, param_specs
 from rlvr_jax.models.tensorfile import DTYPES, TensorInfo, read_header, read_tensor, tensor_bytes, write_file
+from rlvr_jax.remote import is_url, local_copy
 from rlvr_jax.sharding import ShardingRules
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ def load_hf(
 
     Args:
       path: a local folder, or, when there is none of that name, the name of a repository on the Hugging Face hub
-        ("Qwen/Qwen2.5-Math-7B"), which is downloaded to the hub's cache (json and safetensors files only).
+        ("Qwen/Qwen2.5-Math-7B"), which is downloaded to the hub's cache (json and safetensors files only), or a URL
+        (gs://, s3://), which is copied to `remote.cache_folder()`.
       dtype: dtype of the parameters; None keeps the stored one.
       mesh: places each parameter on this mesh, laid out by `rules`; without one, on the default device.
       rules: logical axis -> mesh axis; `ShardingRules()` by default.
@@ -86,7 +88,9 @@ def load_hf(
 
 
 def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
-    """The local folder of `path`; downloads a hub repository where there is no such folder."""
+    """The local folder of `path`; copies what is at a URL, downloads a hub repository where there is no such folder."""
+    if is_url(path):
+        return local_copy(os.fspath(path))
     folder, name = Path(path), str(path)
     if folder.is_dir():
         return folder
