@@ -19,32 +19,46 @@ ROOT = Path(__file__).parent.parent
 _8B, _7B = "configs/qwen3_8b_base.py", "configs/qwen2_5_math_7b.py"
 
 
-def _train(config: str, topology: str, *flags: str) -> tuple[str, str, tuple[str, ...]]:
-    return "train", topology, ("--config", config, *flags, "--plan-only", "update,optimizer,score,rollout")
+def _train(config: str, topology: str, *flags: str, only: str = "update") -> tuple[str, str, tuple[str, ...]]:
+    return "train", topology, ("--config", config, *flags, "--plan-only", only)
 
 
 def _decode(config: str, topology: str, *flags: str) -> tuple[str, str, tuple[str, ...]]:
     return "decode", topology, ("--config", config, "--problems", "none", *flags)
 
 
-# name: (program, topology, flags). Rows of the 10k plans are shorter than the recipe's.
+def _mesh(fsdp: int, sequence: int, tensor: int) -> tuple[str, ...]:
+    return "--mesh.fsdp", str(fsdp), "--mesh.sequence", str(sequence), "--mesh.tensor", str(tensor)
+
+
+_STEP = ("--algorithm.mini-batch", "1", "--algorithm.micro-batches", "1")  # one micro-batch of rollout.n rows
+_ALL = "update,optimizer,score,weights,prefill,rollout"
+_8_H100 = (*_mesh(4, 1, 2), "--model.logprob-chunk", "2048")
+
+# name: (program, topology, flags). "step": a whole update of one micro-batch; else one micro-batch of a larger update.
 PLANS = {
-    "8b-v5p-10k": _train(_8B, "v5p:4x4x4", "--algorithm.row-length", "10240"),
-    "8b-v5p": _train(_8B, "v5p:4x4x4"),
-    "8b-v5p-dots": _train(_8B, "v5p:4x4x4", "--model.remat", "dots"),
-    "8b-v6e": _train(_8B, "v6e:8x8"),
-    "8b-v5e": _train(_8B, "v5e:16x16", "--mesh.fsdp", "64", "--algorithm.micro-batches", "8"),
-    "8b-64-h100": _train(
-        _8B, "cuda:1x8x8", "--mesh.fsdp", "8", "--mesh.tensor", "8", "--algorithm.micro-batches", "64"
-    ),
-    "8b-8-h100": _train(
-        _8B, "cuda:1x1x8", "--mesh.fsdp", "4", "--mesh.tensor", "2", "--algorithm.micro-batches", "128"
-    ),
-    "7b-v5p": _train(_7B, "v5p:2x4x4"),
+    "8b-v5p-10k-step": _train(_8B, "v5p:4x4x4", *_STEP, "--algorithm.row-length", "10240"),
+    "8b-v5p-step": _train(_8B, "v5p:4x4x4", *_STEP),
+    "8b-v5p-step-attention": _train(_8B, "v5p:4x4x4", *_STEP, "--model.remat", "attention"),
+    "8b-8-h100-step": _train(_8B, "cuda:1x1x8", *_STEP, *_8_H100, "--rollout.n", "4"),
+    "8b-64-h100-step": _train(_8B, "cuda:1x8x8", *_STEP, *_mesh(8, 1, 8), "--rollout.n", "8"),
+    "8b-v5p": _train(_8B, "v5p:4x4x4", only=_ALL),
+    "8b-16-v5p": _train(_8B, "v5p:2x2x4", *_mesh(16, 1, 1)),
+    "8b-32-v5p": _train(_8B, "v5p:2x4x4", *_mesh(16, 1, 2)),
+    "8b-128-v5p": _train(_8B, "v5p:4x4x8", *_mesh(16, 4, 2)),
+    "8b-256-v5p": _train(_8B, "v5p:4x8x8", *_mesh(16, 4, 4)),
+    "7b-v5p": _train(_7B, "v5p:2x4x4", only=_ALL),
+    "7b-8-h100": _train(_7B, "cuda:1x1x8", *_8_H100, "--algorithm.micro-batches", "64"),
+    "8b-v6e": _train(_8B, "v6e:8x8", only="update,optimizer,score,rollout"),
+    "8b-v5e": _train(_8B, "v5e:16x16", *_mesh(32, 4, 2), "--algorithm.micro-batches", "16"),
+    "8b-2-slices": _train(_8B, "2*v5p:4x4x4", "--mesh.data", "2", "--algorithm.micro-batches", "16"),
     "7b-v6e": _train(_7B, "v6e:4x8"),
-    "dapo-32b-v6e": _decode("configs/decode_dapo_32b.py", "v6e:4x4"),
-    "orz-32b-v5p": _decode("configs/decode_orz_32b.py", "v5p:2x2x4"),
     "unireason-14b-v6e": _decode("configs/decode_unireason_14b.py", "v6e:4x4"),
+    "unireason-14b-8-h100": _decode("configs/decode_unireason_14b.py", "cuda:1x1x8"),
+    "dapo-32b-v6e": _decode("configs/decode_dapo_32b.py", "v6e:4x4"),
+    "dapo-32b-8-h100": _decode("configs/decode_dapo_32b.py", "cuda:1x1x8"),
+    "orz-32b-v5p": _decode("configs/decode_orz_32b.py", "v5p:2x2x4"),
+    "orz-32b-8-h100": _decode("configs/decode_orz_32b.py", "cuda:1x1x8"),
 }
 
 

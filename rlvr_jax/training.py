@@ -101,17 +101,20 @@ class AccumulatingStep(NamedTuple):
       begin: `begin(params, batch) -> sums` of nothing; the batch gives shapes alone.
       add: `add(params, sums, batch) -> sums` with those of a micro-batch added; the old sums are donated.
       finish: `finish(state, sums) -> (state, metrics)`: the update as `make_train_step` makes it; donates the state.
+      whole: `whole(state, batch) -> (state, metrics)`: the same for a single micro-batch, without sums to add to;
+        donates the state.
     """
 
     begin: Callable[[Tree, Tree], Any]
     add: Callable[[Tree, Any, Tree], Any]
     finish: Callable[[TrainState, Any], tuple[TrainState, dict[str, Scalar]]]
+    whole: Callable[[TrainState, Tree], tuple[TrainState, dict[str, Scalar]]]
 
 
 def make_accumulating_step(
     apply: Any, optimizer: optax.GradientTransformation, loss_fn: LossFn, *, shardings: TrainState | None = None
 ) -> AccumulatingStep:
-    """`make_train_step` in three compiled parts; arguments, objective and metrics are the same."""
+    """`make_train_step` in compiled parts; arguments, objective and metrics are the same."""
     sums = _make_sums(apply, loss_fn, shardings)
     placement = None if shardings is None else Sums(None, None, None, shardings.params)
 
@@ -122,6 +125,7 @@ def make_accumulating_step(
         jax.jit(lambda params, batch: _zeros(sums, params, batch), out_shardings=placement),
         jax.jit(add, donate_argnums=1, out_shardings=placement, compiler_options=training_options()),
         _jit_update(_make_finish(optimizer, shardings), shardings),
+        make_train_step(apply, optimizer, loss_fn, shardings=shardings),
     )
 
 
@@ -155,10 +159,13 @@ def _make_finish(
         grads = jax.tree.map(lambda g, p: (g / divisor).astype(p.dtype), made.grads, state.params)
         grads = _placed(grads, shardings)
         loss, grad_norm = made.total / divisor, optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, _ = optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(updates))
+        # Made once more when that is known, so that no array of the new state waits beside the old one for the others.
+        kept, grads, state = jax.lax.optimization_barrier((finite & (made.weight > 0), grads, state))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        new = jax.tree.map(lambda a, b: jnp.where(finite & (made.weight > 0), a, b), new, state)
+        new = jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, state)
         metrics = {name: value / _divisor(count) for name, (value, count) in made.metrics.items()}
         return new, metrics | {
             "loss": loss,

@@ -7,6 +7,7 @@ writes it, `--plan-text FOLDER` keeps the compiled programs, `--plan-only update
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -125,7 +126,7 @@ def compile_all(request: Request) -> Iterator[tuple[str, Callable[[], ProgramAcc
     mesh = request.options.topology.mesh({axis: getattr(request.config.mesh, axis) for axis in MESH_AXES})
     made = _Run(request, mesh)
     for name in PROGRAMS:
-        if name in request.options.only:
+        if name in request.options.only and (name != "optimizer" or not made.whole_update):
             yield name, getattr(made, name)
 
 
@@ -145,6 +146,7 @@ class _Run:
         self.state = placed_like_params(optimizer, self.params, self.whole)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         self.programs = make_programs(config, model, optimizer, shardings)
+        self.whole_update = config.algorithm.micro_batches == 1
         self.rows, self.length = micro_rows(config), row_length(config, config.data.max_prompt)
         self.reference = {}
         if config.algorithm.needs_reference:
@@ -154,16 +156,22 @@ class _Run:
         self.decode_params = decode_weights.prepared_shapes(model, self.decode_mesh)
 
     def update(self) -> ProgramAccount:
-        """A micro-batch: forward, loss, backward, added to the sums."""
-        batch = self._batch()
-        sums = self._sums(batch)
+        """A micro-batch: forward, loss, backward, added to the sums; a single one with clip and AdamW."""
+        batch, step = self._batch(), self.programs.step
+        holds, resident = {"params": self.params, "batch": batch}, {"optimizer": self.state.opt_state}
+        if self.whole_update:
+            lower = functools.partial(step.whole.lower, self.state, batch)
+            holds, resident = holds | resident, {}
+        else:
+            holds["gradients"] = sums = self._sums(batch)
+            lower = functools.partial(step.add.lower, self.params, sums, batch)
         flops = ideal.training_flops(self.model, self.rows, self.length)
         shape = dict(self.mesh.shape)
         return self._compile(
             "update",
-            lambda: self.programs.step.add.lower(self.params, sums, batch),
-            holds={"params": self.params, "gradients": sums, "batch": batch},
-            resident={"optimizer": self.state.opt_state, **self.reference},
+            lower,
+            holds=holds,
+            resident=resident | self.reference,
             model_flops=flops[0],
             ideal_flops=flops[1],
             ideal_collectives=ideal.training_collectives(

@@ -203,9 +203,14 @@ class Trainer:
         shared = scalars(self._config.algorithm, self._config.rollout.temperature)
         begin = number * self._mini_rows
         spread = [rows.spread(x_NR[begin : begin + len(rows.response_NR)]) for x_NR in arrays.values()]
+        names = ("tokens_BT", "segment_BT", *arrays)
+        batches = (dict(zip(names, self._put(*part), strict=True)) | shared for part in rows.micro_batches(*spread))
+        if self._config.algorithm.micro_batches == 1:  # packed, a mini-batch has no more rows than unpacked
+            (batch,) = batches
+            self.state, metrics = self._step.whole(self.state, batch)
+            return metrics
         sums = None
-        for part in rows.micro_batches(*spread):
-            batch = dict(zip(("tokens_BT", "segment_BT", *arrays), self._put(*part), strict=True)) | shared
+        for batch in batches:
             sums = self._step.begin(self.state.params, batch) if sums is None else sums
             sums = self._step.add(self.state.params, sums, batch)
         self.state, metrics = self._step.finish(self.state, sums)

@@ -66,11 +66,10 @@ class TokenLayout(NamedTuple):
         return self._mapped(x_BT, PartitionSpec(self.batch or None, self.time or None), self.tokens, ())
 
     def apart(self, x_M: Array) -> Array:
-        """[M, ...] as [B, T, ...]."""
+        """[M, ...] from between layers as [B, T, ...]."""
         if ambient_mesh() is None:
             return x_M.reshape(self.rows, self.length, *x_M.shape[1:])
-        out = PartitionSpec(self.batch or None, self.time or None)
-        return self._mapped(self.enter(x_M), self.tokens, out, (self.local_rows,))
+        return _apart(x_M, self)
 
     def _mapped(self, x: Array, within: PartitionSpec, out: PartitionSpec, rows: tuple[int, ...]) -> Array:
         rest = x.shape[1 if rows else 2 :]
@@ -118,10 +117,20 @@ def _enter(x_M: Array, layout: TokenLayout) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _apart(x_M: Array, layout: TokenLayout) -> Array:
+    out = PartitionSpec(layout.batch or None, layout.time or None)
+    return layout._mapped(layout.place(x_M), layout.tokens, out, (layout.local_rows,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _leave(x_M: Array, layout: TokenLayout) -> Array:
     return layout.between(x_M)
 
 
 # A constraint's own gradient is laid out as its result, which would sum whole arrays, or gather none.
 _enter.defvjp(lambda x_M, layout: (layout.place(x_M), None), lambda layout, _, d_M: (layout.between(d_M),))
+# The gradient at `_apart` is whole in every device of a tensor group already: it is cut, not summed.
+_apart.defvjp(
+    lambda x_M, layout: (_apart(x_M, layout), None), lambda layout, _, d_BT: (layout.between(layout.flat(d_BT)),)
+)
 _leave.defvjp(lambda x_M, layout: (layout.between(x_M), None), lambda layout, _, d_M: (layout.place(d_M),))
