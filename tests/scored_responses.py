@@ -24,7 +24,9 @@ def scored(
 ) -> ScoredResponse:
     """A response with numbers as two near models give them: most tokens are sure, some are moved."""
     rng = np.random.default_rng((seed, problem, sample, len(source)))
-    pieces = re.findall(r"[^\S\n]?[A-Za-z]{1,7}|\n+|\d|[^\S\n]|[^\w\s]+|\w", text)
+    # The hostile text is one token, as some tokenizer may have it.
+    words = r"[^\S\n]?[A-Za-z]{1,7}|\n+|\d|[^\S\n]|[^\w\s]+|\w"
+    pieces = re.findall(f"{re.escape(HOSTILE)}|{words}", text)
     assert "".join(pieces) == text
     return made_of(problem, sample, source, pieces, rng, correct=correct, top=top)
 
@@ -85,7 +87,7 @@ def vocabulary() -> dict[int, str]:
 
 
 def small_page() -> list[ScoredResponse]:
-    """Two problems with two responses of either model, and a response full of what must not be markup."""
+    """Two problems with two responses of either model, one full of what must not be markup, and an empty one."""
     verdicts = {"base": (False, True), "rl": (True, None)}
     out = [
         scored(problem, sample, source, TEXT * (4 if sample else 1), correct=verdicts[source][sample])
@@ -94,4 +96,9 @@ def small_page() -> list[ScoredResponse]:
         for sample in range(2)
     ]
     strange = f"Look: {HOSTILE} & <b>bold</b>\n\n العربية نص and 中文字符 \u202eevil\u202c 👩‍👩‍👧 \x00 {'x' * 300}"
-    return [*out, scored(2, 0, "rl", strange)]
+    for values, logp in ((out[0].columns.logp_base, -0.5), (out[0].columns.logp_rl, -0.75)):
+        values[5] = logp  # dlogp is just the threshold of a test
+    logp_base = out[1].columns.logp_base.copy()
+    logp_base[4:7] = [-np.inf, -1e-8, -87.5]
+    out[1] = out[1]._replace(columns=out[1].columns._replace(logp_base=logp_base))
+    return [*out, scored(2, 0, "rl", strange), scored(2, 1, "base", "", correct=None)]

@@ -68,7 +68,7 @@ def write_page(
     words = _words(responses, vocabulary)
     # A table's indices in as few bytes as the largest needs; the frequent words have the small ones.
     wide = {"word": _bytes_for(len(words) - 1), "rank": _bytes_for(max(_largest_rank(r) for r in responses))}
-    prompts = list(dict.fromkeys(r.prompt for r in responses))
+    prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(r.prompt for r in responses))}
     manifest = {
         "title": title,
         "note": note,
@@ -77,13 +77,13 @@ def write_page(
         "layout": _layout(_tops(responses[0]), wide),
         "extents": _extents(responses),
         "words": {"ids": [token for token, _ in words], "texts": [text for _, text in words]},
-        "prompts": prompts,
+        "prompts": list(prompts),
         "responses": [
             {
                 "problem": int(r.problem),
                 "sample": int(r.sample),
                 "source": r.source,
-                "prompt": prompts.index(r.prompt),
+                "prompt": prompts[r.prompt],
                 "answer": r.answer,
                 "correct": None if r.correct is None else bool(r.correct),
                 "length": len(r.pieces),
@@ -235,7 +235,8 @@ def _extents(responses: Sequence[ScoredResponse]) -> dict[str, dict[str, float]]
     threshold that it starts with (5% are selected)."""
     out: dict[str, dict[str, float]] = {}
     for name in _CRITERIA:
-        values = np.concatenate([np.asarray(getattr(r.columns, name), np.float64) for r in responses])
+        with np.errstate(invalid="ignore"):  # a token that neither model allows has no dlogp
+            values = np.concatenate([np.asarray(getattr(r.columns, name), np.float64) for r in responses])
         values = values[np.isfinite(values)]
         if not values.size:
             values = np.zeros(1)

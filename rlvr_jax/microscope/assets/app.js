@@ -56,7 +56,7 @@ class App {
     }
     $("heading").textContent = manifest.title;
     $("note").textContent = manifest.note;
-    $("tab-figures").hidden = manifest.figures.length === 0;
+    $("tabs").hidden = manifest.figures.length === 0;
     const fold = () => ["rail-fold", "select-fold"].forEach((id) => ($(id).open = !NARROW.matches));
     NARROW.addEventListener("change", fold);
     fold();
@@ -125,7 +125,9 @@ class App {
       this.state.token = pane.focused;
       this.remember();
     }
-    const { selects, criterion } = this.view();
+    const { selects, criterion, scale, values } = this.view();
+    const place = scale.place(values(pane.columns)[token] ?? NaN);
+    $("here").style.left = `${scale.signed ? 50 + 50 * place : 100 * place}%`;
     this.inspector.show(this.manifest.words, pane.response, pane.columns, token, {
       alpha: this.state.alpha,
       scale: this.scale("delta_logp", this.range("delta_logp")),

@@ -49,8 +49,7 @@ class Inspector {
       ...single("gradient_share", "Gradient share", "of the response's sum of 1 − p; 1× is an even share"),
     );
     this.tops = names.map((name) => h("ol", { "aria-label": `The most probable tokens of ${name}` }));
-    root.append(
-      h("div", { class: "who" }, this.token, this.place),
+    this.parts = [
       h("div", { class: "shift" }, this.delta, this.meaning, this.rule),
       this.table,
       this.list,
@@ -59,16 +58,19 @@ class Inspector {
         { class: "tops" },
         ...names.map((name, i) => h("section", {}, h("h3", {}, `${name} would say`), this.tops[i])),
       ),
-    );
+    ];
+    root.append(h("div", { class: "who" }, this.token, this.place), ...this.parts);
     this.spoken = $("spoken");
   }
 
   // `range` is that of the dlogp colours; `scale` colours the rule.
   show(words, response, columns, i, { alpha, scale, selected, label }) {
     const length = columns.word.length;
+    for (const part of this.parts) part.hidden = !length;
     if (!length) {
       this.token.textContent = "";
-      this.place.textContent = `${label}: no tokens`;
+      this.place.textContent = `${label}: a response without tokens`;
+      this.sayable = this.place.textContent;
       return;
     }
     const word = columns.word[i];

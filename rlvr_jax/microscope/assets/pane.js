@@ -36,6 +36,7 @@ class Pane {
     this.text.addEventListener("click", (event) => {
       if (event.target.token !== undefined) this.focus(event.target.token);
     });
+    this.mapBox.addEventListener("wheel", (event) => this.text.scrollBy(0, event.deltaY), { passive: true });
     for (const kind of ["pointerdown", "pointermove"]) {
       this.mapBox.addEventListener(kind, (event) => event.buttons & 1 && this.jump(event));
     }
@@ -203,7 +204,7 @@ class Pane {
   focus(token, { scroll = true } = {}) {
     const length = this.columns.word.length;
     const before = this.focused;
-    this.focused = Math.max(0, Math.min(length - 1, token));
+    this.focused = Math.max(0, Math.min(length - 1, Math.round(token)));
     if (scroll && this.layout && length) this.reveal(this.focused);
     this.repaintToken(before);
     this.repaintToken(this.focused);
