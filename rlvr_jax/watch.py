@@ -212,7 +212,8 @@ class Watch:
                     continue
                 if self._index:
                     self._blame(0, "is gone")
-                return
+                self._closed.wait(self._interval)  # process 0 itself: it will hear of the end yet
+                continue
             if said is not None and not self._closed.is_set():
                 self._end(said, PEER_LOST, tell=False)
             return

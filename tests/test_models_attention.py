@@ -8,6 +8,7 @@ import pytest
 from rlvr_jax.models import attention, qwen
 from rlvr_jax.models.attention import resolved_attention, self_attention
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.embedding import embed_tokens
 from rlvr_jax.models.tokens import TokenLayout
 from rlvr_jax.objectives.logprobs import chunked_logprobs
 from rlvr_jax.sharding import DEFAULT_RULES, make_mesh
@@ -131,3 +132,16 @@ def test_log_probs_and_gradients_of_a_model_do_not_depend_on_the_mesh(model, mes
             qwen.param_axes(model),
         )
         assert_same(run(dataclasses.replace(model, attention="chunked", remat=remat), placed), alone)
+
+
+def test_ids_outside_the_vocabulary_are_clipped_on_a_mesh_too():
+    table_VD = jnp.arange(32.0).reshape(8, 4)
+    tokens_BT = jnp.asarray([[0, 7, 8, 99], [3, -1, 4, -50]] * 2)
+
+    def looked_up():
+        return embed_tokens(table_VD, tokens_BT, jnp.float32, TokenLayout.of(4, 4))
+
+    alone = looked_up()
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        np.testing.assert_array_equal(jax.jit(looked_up)(), alone)
+    np.testing.assert_array_equal(alone[:4, 0], [0, 28, 28, 28])

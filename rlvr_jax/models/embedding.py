@@ -19,13 +19,14 @@ from rlvr_jax.typing import Array, Float, Int
 def embed_tokens(
     embed_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: Any, layout: TokenLayout
 ) -> Float[jax.Array, "M D"]:
-    """`embed_VD[tokens_BT]` in `dtype`, tokens in one dimension. Reverse mode only on a mesh.
+    """`embed_VD[tokens_BT]` in `dtype`, tokens in one dimension; ids outside are clipped. Reverse mode only on a mesh.
 
     The gradient is summed in float32 on each device, and in `dtype` over devices.
     """
     if ambient_mesh() is None:
         return jnp.take(jnp.asarray(embed_VD), tokens_BT.reshape(-1), axis=0, mode="clip").astype(dtype)
-    return _looked_up(jnp.asarray(embed_VD), jnp.asarray(tokens_BT), jnp.dtype(dtype), layout)
+    known_BT = jnp.clip(jnp.asarray(tokens_BT), 0, embed_VD.shape[0] - 1)
+    return _looked_up(jnp.asarray(embed_VD), known_BT, jnp.dtype(dtype), layout)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
