@@ -28,6 +28,9 @@ class App {
       (a, b) => rank(a) - rank(b) || a.localeCompare(b, "en", { numeric: true }),
     );
     this.timings = {};
+    // A page of short responses has room for large type.
+    const longest = Math.max(...manifest.responses.map((r) => r.length));
+    document.documentElement.classList.toggle("short", longest <= 160);
     this.list = new ResponseList(this);
     this.legend = new Legend(this);
     this.threshold = new Threshold(this);
@@ -243,7 +246,7 @@ class App {
     $("which").textContent = `Problem ${own.problem}`;
     $("answer").textContent = own.answer === null ? "" : `answer ${own.answer}`;
     const prompt = prompts[own.prompt];
-    $("prompt-start").textContent = prompt.trim().replace(/\s+/g, " ").slice(0, 300);
+    $("prompt-start").textContent = excerpt(prompt);
     $("prompt").textContent = prompt;
     const choices = responses
       .map((r, value) => ({ r, value }))

@@ -28,7 +28,7 @@ class ResponseList {
     const list = $("list");
     for (const problem of problems) {
       const own = responses.map((r, index) => [r, index]).filter(([r]) => r.problem === problem);
-      const start = prompts[own[0][0].prompt].trim().split(/\s+/).slice(0, 24).join(" ");
+      const start = excerpt(prompts[own[0][0].prompt]);
       list.append(
         h(
           "section",

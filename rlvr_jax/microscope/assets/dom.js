@@ -63,6 +63,12 @@ function shown(text) {
   return marks.filter(Boolean).map((part) => (/^[·↵⇥◌]/.test(part) ? h("span", { class: "dim" }, part) : part));
 }
 
+// What a prompt asks, on one line: its last user turn, without the marks of a chat template.
+function excerpt(prompt) {
+  const turn = prompt.split("<|im_start|>user").at(-1).split("<|im_end|>")[0];
+  return turn.replace(/<\|\w*\|>/g, " ").trim().replace(/\s+/g, " ").slice(0, 300);
+}
+
 // Control characters as their pictures; invisible ones and those that turn the writing direction as a box. Newline and
 // tab stay, and so do the joiners that emoji and Persian need.
 const SHAPELESS = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
