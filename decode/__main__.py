@@ -7,11 +7,12 @@ With `--plan v6e:4x4` its programs are compiled for that topology, and what they
 The same command again goes on where a killed run stopped. All flags: `python -m decode --help`.
 
 `python -m decode compare RUN RUN ...` tabulates and draws what runs have found.
+`python -m decode diagnose --base B --rl R --responses FILE` shows an update token by token; see `decode.diagnose`.
 """
 
 import sys
 
-from decode import compare, compiled
+from decode import compare, compiled, diagnose
 from decode.run import prepare, run
 from rlvr_jax.planning import command
 from rlvr_jax.program import run_program
@@ -19,6 +20,8 @@ from rlvr_jax.program import run_program
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compare"]:
         sys.exit(run_program(lambda argv: compare.prepare(argv[1:]), compare.run))
+    if sys.argv[1:2] == ["diagnose"]:
+        sys.exit(run_program(lambda argv: diagnose.prepare(argv[1:]), diagnose.run))
     if command.FLAG in sys.argv[1:]:
         sys.exit(run_program(compiled.prepare, compiled.plan))
     sys.exit(run_program(prepare, run))

@@ -1,20 +1,27 @@
 """From settings and what is missing of them to responses, one at a time as they end."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from decode.config import DecodeConfig, Setting
 from decode.inputs import Inputs
+from rlvr_jax.decode_layout import DECODE_RULES
 from rlvr_jax.decoding.batch import Queue, make_queue, select_rows
 from rlvr_jax.decoding.engine import EngineStats, serve
 from rlvr_jax.decoding.selective import make_rule
 from rlvr_jax.decoding.state import LanguageModel
+from rlvr_jax.generation import language_model
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.hf import load_hf
+from rlvr_jax.program import RunError
 
 
 class Loaded(NamedTuple):
@@ -26,6 +33,21 @@ class Loaded(NamedTuple):
 
 
 Models = dict[str, Loaded]
+
+
+def load(role: str, folder: Path, dtype: str, cache_dtype: str, mesh: Mesh | None) -> Loaded:
+    """A model and its parameters, laid out for decoding. (A function, so that what was read is freed on return.)
+
+    `cache_dtype` is "model" or "int8". Raises RunError for weights that cannot be read.
+    """
+    try:
+        config, params = load_hf(folder, dtype=jnp.dtype(dtype), mesh=mesh, rules=DECODE_RULES)
+    except (ValueError, OSError) as error:
+        raise RunError(f"{role} = {error}") from error
+    config = dataclasses.replace(config, dtype=dtype)
+    model = language_model(config, None if cache_dtype == "model" else cache_dtype)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return Loaded(config, model, model.prepare(params))
 
 
 class Wanted(NamedTuple):

@@ -50,21 +50,21 @@ def read_inputs(config: DecodeConfig) -> Inputs:
         check_source(config.problems, rule=grader)  # before a model is downloaded
     used = {setting.model for setting in config.settings}
     folders = {
-        role: _model_folder(role, path)
+        role: model_folder(role, path)
         for role, path in (("base", config.base), ("rl", config.rl))
         if path is not None and used & {role, "pair"}
     }
     models = {role: QwenConfig.from_hf(folder) for role, folder in folders.items()}
     tokenizer_folder = _tokenizer_folder(config)
     tokenizer = load_tokenizer(tokenizer_folder)
-    _check_vocabularies(models, folders, tokenizer, tokenizer_folder)
+    check_vocabularies(models, folders, tokenizer, tokenizer_folder)
     problems = _read_problems(config)
     texts = [render_chat(tokenizer, problem.messages) for problem in problems]
     prompts = [encode_text(tokenizer, text) for text in texts]
     _check_lengths(config, models, problems, prompts)
     fingerprints = {"problem file": _hash_problems(config.problems, problems)}
-    fingerprints["tokenizer"] = _hash_tokenizer(tokenizer_folder)
-    fingerprints |= {f"{role} model": _hash_model(folder) for role, folder in folders.items()}
+    fingerprints["tokenizer"] = hash_tokenizer(tokenizer_folder)
+    fingerprints |= {f"{role} model": hash_model(folder) for role, folder in folders.items()}
     return Inputs(
         tokenizer=tokenizer,
         folders=folders,
@@ -85,7 +85,8 @@ def _read_problems(config: DecodeConfig) -> list[Problem]:
     return list(first.values())[: config.limit]
 
 
-def _model_folder(role: str, path: str) -> Path:
+def model_folder(role: str, path: str) -> Path:
+    """The folder of a checkpoint's path or name. Raises ValueError naming the role where it is none."""
     try:
         folder = checkpoint_folder(path)
     except OSError as error:
@@ -104,7 +105,7 @@ def _tokenizer_folder(config: DecodeConfig) -> Path:
     return folder
 
 
-def _check_vocabularies(
+def check_vocabularies(
     models: dict[str, QwenConfig], folders: dict[str, Path], tokenizer: Tokenizer, tokenizer_folder: Path
 ) -> None:
     """Refuses a pair that does not mean the same by the same id, by the maps of all tokenizers there are."""
@@ -192,7 +193,7 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hash_tokenizer(folder: Path) -> str:
+def hash_tokenizer(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (folder / name).is_file():
@@ -200,7 +201,7 @@ def _hash_tokenizer(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _hash_model(folder: Path) -> str:
+def hash_model(folder: Path) -> str:
     """Of config.json and, for every weight file, its name, its size and 1 MiB in blocks spread over it."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):

@@ -55,15 +55,14 @@ class DecodeProgress:
         """A queue of responses begins: speed is counted from here."""
         self.speed, self.begun = "", time.monotonic()
 
+    def stage(self, name: str) -> None:
+        """Another kind of work begins."""
+        self.begin()
+        self._head(name)
+
     def setting(self, number: int, count: int, name: str) -> None:
         """Responses of a setting begin to come."""
-        self.accuracy = ""
-        self.head = f"setting {number} of {count}: {name}"
-        if self.bar is not None:
-            self.bar.update(self.task, description=self.head, accuracy="")
-        else:
-            self.say(self.head)
-            self.line_at = time.monotonic()
+        self._head(f"setting {number} of {count}: {name}")
 
     def drawn(self, rows: int, tokens: int) -> None:
         """The device has reported: responses ended and tokens drawn since the queue began."""
@@ -78,6 +77,14 @@ class DecodeProgress:
     def graded(self, correct: int, rows: int) -> None:
         """So many of the setting's responses were right so far. May come from another thread."""
         self.accuracy = f"accuracy so far {100 * correct / max(rows, 1):.1f}%"
+
+    def _head(self, text: str) -> None:
+        self.head, self.accuracy = text, ""
+        if self.bar is not None:
+            self.bar.update(self.task, description=text, accuracy="")
+        else:
+            self.say(text)
+            self.line_at = time.monotonic()
 
     def _show(self) -> None:
         if self.bar is not None:

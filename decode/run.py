@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
 from decode.calibrate import calibrate, known_thresholds
 from decode.config import DecodeConfig, MeshConfig, Setting
-from decode.draw import Loaded, Models, Wanted, draw, program
+from decode.draw import Models, Wanted, draw, load, program
 from decode.inputs import Inputs, read_inputs
 from decode.plan import plan
 from decode.progress import DecodeProgress
@@ -23,13 +22,11 @@ from decode.results import Row, RowLog, TokenParts, check_resume, lock, publishe
 from decode.summary import Outcome, remarks, summarise, summary_table, with_differences, write_summaries
 from decode.sweep import resolve
 from decode.writer import Destination, Writer
-from rlvr_jax.decode_layout import DECODE_RULES, decode_mesh
+from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.decoding.memory import MemoryPlan
 from rlvr_jax.distributed import refuse_several
 from rlvr_jax.files import write_json
-from rlvr_jax.generation import language_model
 from rlvr_jax.models.config import platform_dtype
-from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import RunError, compile_cache, parse_config
 from rlvr_jax.rewards.pool import RULES, GraderPool
 from rlvr_jax.run_folder import RunFolder
@@ -71,7 +68,7 @@ def check(config: DecodeConfig) -> Job:
     config = resolve(config)
     dtype = config.dtype or platform_dtype()
     config = dataclasses.replace(config, dtype=dtype)  # so that a run goes on in the dtype that it began in
-    mesh = _mesh(config.mesh)
+    mesh = mesh_of(config.mesh)
     inputs = read_inputs(config)
     mesh = None if mesh is None else decode_mesh(mesh, [model.num_kv_heads for model in inputs.models.values()])
     plans = {setting.name: plan(config, inputs, dtype, mesh, setting) for setting in config.settings}
@@ -117,7 +114,10 @@ def _run(job: Job) -> None:
     missing = [one for one in runs if one.missing]
     models: Models = {}
     if missing:
-        models = {role: _load(job, role) for role in job.inputs.folders}
+        models = {
+            role: load(role, folder, str(config.dtype), config.cache_dtype, job.mesh)
+            for role, folder in job.inputs.folders.items()
+        }
     write_config(out, config, job.inputs)  # after the models: one that cannot be read claims no folder
     job.folder.sync()  # a place that cannot be written to is found now
     progress = DecodeProgress(sum(one.total for one in runs), sum(one.done for one in runs))
@@ -180,24 +180,12 @@ def _summarise(out: Path, runs: Sequence["_SettingRun"]) -> list[dict[str, Any]]
     return records
 
 
-def _mesh(sizes: MeshConfig) -> Mesh | None:
+def mesh_of(sizes: MeshConfig) -> Mesh | None:
+    """The mesh of a configuration, None for a single device."""
     if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
         return None
     mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
     return None if mesh.size == 1 else mesh
-
-
-def _load(job: Job, role: str) -> Loaded:
-    """A model and its parameters, laid out for decoding. (A function, so that what was read is freed on return.)"""
-    dtype = job.config.dtype
-    try:
-        config, params = load_hf(job.inputs.folders[role], dtype=jnp.dtype(dtype), mesh=job.mesh, rules=DECODE_RULES)
-    except (ValueError, OSError) as error:
-        raise RunError(f"{role} = {error}") from error
-    config = dataclasses.replace(config, dtype=dtype)
-    model = language_model(config, None if job.config.cache_dtype == "model" else job.config.cache_dtype)
-    with contextlib.nullcontext() if job.mesh is None else jax.set_mesh(job.mesh):
-        return Loaded(config, model, model.prepare(params))
 
 
 class _SettingRun:

@@ -17,6 +17,8 @@ from rlvr_jax.remote import TEXT_FILES, local
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, so tokens
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer from tokenizer.json, tokenizer_config.json and chat_template.jinja (if the template is there).
@@ -93,6 +95,29 @@ def render_chat(
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text as it stands: no beginning-of-text token is added; a lone surrogate counts as `?`."""
     return tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
+
+
+def decode_ids(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text of token ids as they stand: special tokens spelled out, no space removed."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def token_pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    """The text of each token; joined, the text of all. Special tokens are spelled out.
+
+    A token that ends inside a character has no text; the one that completes the character has all of it. Bytes that
+    are no text come out as U+FFFD.
+    """
+    pieces = [""] * len(tokens)
+    # A token's text may depend on the one before it (word boundaries), so short runs are read with and without it.
+    context = begin = 0
+    for end in range(1, len(tokens) + 1):
+        before, text = decode_ids(tokenizer, tokens[context:begin]), decode_ids(tokenizer, tokens[context:end])
+        if text.endswith("\ufffd") and end - begin < _LONGEST_CHARACTER and end < len(tokens):
+            continue
+        pieces[end - 1] = text[len(before) :]
+        context, begin = begin, end
+    return pieces
 
 
 def check_messages(messages: Any, where: str) -> None:

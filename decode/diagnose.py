@@ -1,0 +1,324 @@
+"""`python -m decode diagnose --base X --rl Y (--responses FILE ... | --problems FILE) --out RUN`: the update, by token.
+
+Given responses, or ones decoded from either model, are scored by both, teacher-forced; every token's numbers go to disk
+as they come, and the same command goes on where a killed run stopped. At the end: `responses.parquet`,
+`tokens.parquet`, `findings.json`, `figures/*.png` and `.svg`, and `page.html`, which opens from disk.
+
+`python -m decode diagnose page RUN` makes findings, figures and page anew from the files of a run.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jax.sharding import Mesh
+
+from decode import run as decoding
+from decode.config import DecodeConfig, Setting
+from decode.diagnose_config import FREE_TO_CHANGE, DiagnoseConfig, PageCommand, check, check_findings
+from decode.diagnose_inputs import Given, check_given, fingerprint, read_given
+from decode.diagnose_page import draw_results
+from decode.draw import load
+from decode.inputs import check_vocabularies, hash_model, hash_tokenizer, model_folder
+from decode.progress import DecodeProgress
+from decode.results import RowLog, lock, read_json
+from rlvr_jax.data.text import Tokenizer, decode_ids, load_tokenizer, token_pieces
+from rlvr_jax.decode_layout import decode_mesh
+from rlvr_jax.distributed import refuse_several
+from rlvr_jax.files import atomic_path, remove_leftovers, write_json
+from rlvr_jax.microscope import files
+from rlvr_jax.microscope.columns import ScoredResponse
+from rlvr_jax.microscope.files import Response
+from rlvr_jax.microscope.pair import iterate_pair
+from rlvr_jax.models.config import QwenConfig, platform_dtype
+from rlvr_jax.program import RunError, compile_cache, parse_config
+
+DESCRIPTION = "Every token of given or decoded responses under two models; findings, figures and a page."
+STRETCH = 1 << 18  # tokens of responses that are scored longest first; their numbers are put in order in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A diagnosis whose input has been checked. `given` are its responses, or `decode` is the run that draws them."""
+
+    config: DiagnoseConfig
+    folders: dict[str, Path]
+    mesh: Mesh | None
+    tokenizer: Tokenizer
+    given: list[Given] | None
+    decode: decoding.Job | None
+    inputs: dict[str, str]
+    lock: contextlib.AbstractContextManager[Any]
+
+    @property
+    def out(self) -> Path:
+        """Folder of the results."""
+        return Path(self.config.out)
+
+
+def prepare(argv: Sequence[str]) -> Job | PageCommand:
+    """A job from the command line. Raises ValueError or OSError for anything that can be known before long work."""
+    refuse_several("python -m decode diagnose")
+    if argv[:1] == ["page"]:
+        command = parse_config(
+            PageCommand, argv[1:], prog="python -m decode diagnose page", description=str(PageCommand.__doc__)
+        )
+        check_findings(command.findings, command.page)
+        return command
+    return checked(parse_config(DiagnoseConfig, argv, prog="python -m decode diagnose", description=DESCRIPTION))
+
+
+def checked(config: DiagnoseConfig) -> Job:
+    """A job from a configuration; see `prepare`."""
+    check(config)
+    config = dataclasses.replace(config, dtype=config.dtype or platform_dtype())
+    out = Path(config.out)
+    folders = {role: model_folder(role, str(getattr(config, role))) for role in ("base", "rl")}
+    models = {role: QwenConfig.from_hf(folder) for role, folder in folders.items()}
+    if config.top > models["rl"].vocab_size:
+        raise ValueError(f"top = {config.top}: expected at most {models['rl'].vocab_size}, the vocabulary")
+    tokenizer_folder = Path(config.tokenizer) if config.tokenizer else folders["rl"]
+    tokenizer = load_tokenizer(tokenizer_folder)
+    check_vocabularies(models, folders, tokenizer, tokenizer_folder)
+    mesh = decoding.mesh_of(config.mesh)
+    mesh = None if mesh is None else decode_mesh(mesh, [model.num_kv_heads for model in models.values()])
+    inputs = {f"{role} model": hash_model(folder) for role, folder in folders.items()}
+    inputs["tokenizer"] = hash_tokenizer(tokenizer_folder)
+    given = None
+    if config.responses:
+        given = read_given(config.responses, tokenizer, config.limit)
+        check_given(given, models)
+        inputs["responses"] = fingerprint(given)
+    held = lock(out)
+    _check_resume(config, inputs)
+    drawn = None if given is not None else decoding.check(_decode_config(config))
+    return Job(config, folders, mesh, tokenizer, given, drawn, inputs, held)
+
+
+def run(job: Job | PageCommand) -> None:
+    """Does the job. Raises RunError for what ends a run."""
+    if isinstance(job, PageCommand):
+        try:
+            draw_results(Path(job.run), job.findings, job.page)
+        except ValueError as error:
+            raise RunError(str(error)) from error
+        return
+    try:
+        with job.lock, compile_cache(job.config.compile_cache, job.out):
+            _run(job)
+    except OSError as error:
+        raise RunError(f"{error}; the same command goes on where this run stopped") from error
+    except ValueError as error:  # a damaged file, named
+        raise RunError(str(error)) from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunError(
+            f"out of device memory with batch_tokens = {job.config.batch_tokens} and chunk = {job.config.chunk}; "
+            "give fewer of them, --cache-dtype int8, or more devices"
+        ) from error
+
+
+def _run(job: Job) -> None:
+    config, out = job.config, job.out
+    remove_leftovers(out)
+    write_json(out / "config.json", _plain(config))
+    write_json(out / "inputs.json", job.inputs)
+    given = job.given
+    if job.decode is not None:
+        decoding.run(job.decode)
+        given = _decoded(job.decode)
+    assert given is not None
+    if not (out / files.TOKENS).is_file():
+        _score(job, given)
+        files.write_vocabulary(out, lambda token: decode_ids(job.tokenizer, [token]))
+    draw_results(out, config.findings, config.page)
+
+
+def _decode_config(config: DiagnoseConfig) -> DecodeConfig:
+    """The decoding run that draws the responses, base's and rl's, into a folder of the diagnosis."""
+    settings = tuple(
+        Setting(name=role, model=role, temperature=config.temperature, top_p=config.top_p) for role in ("base", "rl")
+    )
+    names = {field.name for field in dataclasses.fields(DecodeConfig)} & {
+        field.name for field in dataclasses.fields(DiagnoseConfig)
+    }
+    return DecodeConfig(
+        **{name: getattr(config, name) for name in names - {"out"}},
+        out=str(Path(config.out) / "decode"),
+        settings=settings,
+        seeds=(config.seed,),
+        save_tokens=True,
+    )
+
+
+def _decoded(job: decoding.Job) -> list[Given]:
+    """The responses of the finished decoding run, sorted by problem, sample and source."""
+    place = {problem.index: i for i, problem in enumerate(job.inputs.problems)}
+    found = []
+    for setting in job.config.settings:
+        folder = job.out / setting.name
+        (seed,) = job.config.seeds
+        rows = RowLog(folder / f"seed{seed}.rows.jsonl").rows
+        for row in pq.read_table(folder / "tokens.parquet", columns=["problem", "sample", "tokens"]).to_pylist():
+            at = place[row["problem"]]
+            found.append(
+                Given(
+                    *(row["problem"], row["sample"], setting.name, job.inputs.texts[at], job.inputs.prompts[at]),
+                    *(row["tokens"], job.inputs.problems[at].answer, rows[row["problem"], row["sample"]].correct),
+                )
+            )
+    return sorted(found, key=lambda one: one.key)
+
+
+# ---- scoring -------------------------------------------------------------------------------------------------------
+
+
+def _score(job: Job, given: list[Given]) -> None:
+    """Writes responses.parquet and tokens.parquet; what parts of a killed run have is not scored again."""
+    config, parts = job.config, job.out / "parts"
+    remove_leftovers(parts)
+    files.write_responses(job.out, [_row(job.tokenizer, one) for one in given])
+    stretches = list(_stretches(given))
+    done = {key for path in _parts(parts) for key in _keys(path)}
+    missing = [[one for one in stretch if one.tokens and one.key not in done] for stretch in stretches]
+    progress = DecodeProgress(len(given), len(given) - sum(map(len, missing)))
+    with progress:
+        if any(missing):
+            models = [
+                load(role, folder, str(config.dtype), config.cache_dtype, job.mesh)
+                for role, folder in job.folders.items()
+            ]
+            progress.stage("scoring with both models")
+            tokens = 0
+            for number, stretch in enumerate(missing):
+                for part in _scored(job, models, stretch):
+                    _write_part(parts, number, part)
+                    tokens += sum(len(one.pieces) for one in part)
+                    for _ in part:
+                        progress.response()
+                    progress.drawn(0, tokens)
+        files.write_tokens(job.out / files.TOKENS, _assembled(parts, stretches))
+        for path in _parts(parts):
+            path.unlink()
+        with contextlib.suppress(OSError):
+            parts.rmdir()
+
+
+def _row(tokenizer: Tokenizer, one: Given) -> Response:
+    text = decode_ids(tokenizer, one.tokens)
+    return Response(*one.key, one.prompt, text, one.answer, one.correct, length=len(one.tokens))
+
+
+def _scored(job: Job, models: Sequence[Any], stretch: list[Given]) -> Iterator[list[ScoredResponse]]:
+    """Batches of scored responses; each is on disk before the next is asked for."""
+    config = job.config
+    if not stretch:
+        return
+    waiting: list[ScoredResponse] = []
+    base, rl = models
+    for row, columns in iterate_pair(
+        *(base.config, base.params, rl.config, rl.params),
+        [one.prompt_ids for one in stretch],
+        [one.tokens for one in stretch],
+        written_by=["base" if one.source == "base" else "rl" for one in stretch],
+        top=config.top,
+        cache_dtype=None if config.cache_dtype == "model" else config.cache_dtype,
+        batch_tokens=config.batch_tokens,
+        chunk=config.chunk,
+        mesh=job.mesh,
+    ):
+        one = stretch[row]
+        pieces = token_pieces(job.tokenizer, one.tokens)
+        text = "".join(pieces)
+        waiting.append(
+            ScoredResponse(*(*one.key, one.prompt, text, one.answer, one.correct), pieces=pieces, columns=columns)
+        )
+        if sum(len(x.pieces) for x in waiting) >= config.batch_tokens:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def _write_part(folder: Path, stretch: int, part: list[ScoredResponse]) -> None:
+    numbers = [int(path.stem.partition("-")[2]) for path in folder.glob(f"{stretch:06d}-*.parquet")]
+    with atomic_path(folder / f"{stretch:06d}-{max(numbers, default=-1) + 1:06d}.parquet") as temporary:
+        pq.write_table(pa.concat_tables([files.token_table(one) for one in part]), temporary, compression="zstd")
+
+
+def _stretches(given: Sequence[Given]) -> Iterator[list[Given]]:
+    """Consecutive responses, together some `STRETCH` tokens."""
+    stretch, tokens = [], 0
+    for one in given:
+        stretch.append(one)
+        tokens += len(one.tokens)
+        if tokens >= STRETCH:
+            yield stretch
+            stretch, tokens = [], 0
+    if stretch:
+        yield stretch
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*-*.parquet"))
+
+
+def _keys(part: Path) -> set[tuple[int, int, str]]:
+    """The responses that a part has."""
+    names = ["problem", "sample", "source"]
+    table = pq.read_table(part, columns=names).group_by(names).aggregate([])
+    return {(row["problem"], row["sample"], row["source"]) for row in table.to_pylist()}
+
+
+def _assembled(parts: Path, stretches: Sequence[Sequence[Given]]) -> Iterator[pa.Table]:
+    """The tokens of all parts in the order of the responses, a stretch at a time in memory."""
+    for number, stretch in enumerate(stretches):
+        paths = sorted(parts.glob(f"{number:06d}-*.parquet"))
+        tables = {}
+        for path in paths:
+            table = pq.read_table(path).combine_chunks()
+            rows = zip(*(table[name].to_pylist() for name in ("problem", "sample", "source")), strict=True)
+            for key, run_ in itertools.groupby(enumerate(rows), key=lambda item: item[1]):
+                places = [place for place, _ in run_]
+                tables[key] = table.slice(places[0], len(places))
+        yield from (tables[one.key] for one in stretch if one.tokens)
+
+
+# ---- resuming ------------------------------------------------------------------------------------------------------
+
+
+def _plain(config: DiagnoseConfig) -> dict[str, Any]:
+    """The configuration as JSON gives it back, paths absolute."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    for key in ("base", "rl", "problems", "tokenizer"):
+        if values[key] and os.path.exists(values[key]):
+            values[key] = os.path.abspath(values[key])
+    values["responses"] = [os.path.abspath(path) for path in values["responses"]]
+    return values
+
+
+def _check_resume(config: DiagnoseConfig, inputs: dict[str, str]) -> None:
+    """Refuses a folder that holds another diagnosis."""
+    out, now = Path(config.out), _plain(config)
+    before = read_json(out / "config.json")
+    for key in sorted(before.keys() & now.keys() - set(FREE_TO_CHANGE)):
+        if before[key] != now[key]:
+            raise ValueError(
+                f"out = {out}: it holds a diagnosis with {key} = {before[key]!r}, now {key} = {now[key]!r}; "
+                "give another --out or remove the folder"
+            )
+    for name, value in read_json(out / "inputs.json").items():
+        if name in inputs and inputs[name] != value:
+            raise ValueError(
+                f"out = {out}: it holds a diagnosis of another {name} (its content has changed since); "
+                "give another --out or remove the folder"
+            )

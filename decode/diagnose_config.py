@@ -1,0 +1,162 @@
+"""Configuration of a diagnosis, and everything about it that can be refused without opening a file."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+from decode.config import MeshConfig
+
+FREE_TO_CHANGE = (
+    *("out", "findings", "page", "mesh", "batch_tokens", "chunk", "slots", "memory", "grader_workers"),
+    "compile_cache",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FindingsConfig:
+    """What findings.json and the figures are taken at.
+
+    Attributes:
+      tail: share of all tokens that count as a number's tail (of dlogp, the largest absolute values)
+      rate: share of tokens that each criterion selects where criteria are compared, and that "high dlogp" means
+      extremes: tokens listed at either end of dlogp
+      resamples: bootstrap resamples of the problems, for each interval
+      confidence: of the intervals
+      seed: of the resamples
+    """
+
+    tail: float = 0.05
+    rate: float = 0.05
+    extremes: int = 20
+    resamples: int = 2_000
+    confidence: float = 0.95
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PageConfig:
+    """What the page shows: responses to problems spread evenly over all, the first of each source, then the next.
+
+    Attributes:
+      responses: how many
+      problems: only these problems' responses, by their number
+    """
+
+    responses: int = 32
+    problems: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagnoseConfig:
+    """Every token of given or decoded responses under two models; findings, figures and a page.
+
+    Attributes:
+      base: Hugging Face checkpoint folder of the base model
+      rl: Hugging Face checkpoint folder of the model trained from it
+      responses: files of responses to score: seedN.json of a decoding run (or its rows), or .jsonl with prompt (text as
+        the model reads it) or messages, response, and if known answer, correct, problem, sample, source, tokens
+      problems: instead of responses: a problem file; n responses to each are decoded from base and from rl
+      out: folder of the results; an earlier run in it is resumed
+      n: responses a problem and model (problems)
+      limit: the first so many problems (or responses of each file) only
+      seed: of the decoding (problems)
+      temperature: of the decoding (problems)
+      top_p: nucleus of the decoding; below 1 the mean of dlogp on rl's responses may be negative (problems)
+      max_new_tokens: longest response, in tokens (problems)
+      max_prompt_tokens: longest prompt allowed, in tokens (problems)
+      prompt_suffix: appended to the stripped user turn (problems)
+      stop_token_ids: end of a response; default: those of the tokenizer and the models (problems)
+      graders: as in python -m decode; the first decides what is correct (problems)
+      grader_workers: grading processes for each grader (problems)
+      slots: responses decoded at once; default: as many as the memory holds (problems)
+      memory: GiB a device for weights and caches while decoding; default: what the device has (problems)
+      top: most probable tokens of each model that are kept for every token
+      batch_tokens: tokens, padding included, that are scored together; both models' caches for so many are held
+      chunk: tokens whose logits are held at a time
+      cache_dtype: model: that of the weights; int8: half the memory of bfloat16, log-probabilities differ a little
+      tokenizer: folder of the tokenizer and chat template; default: rl
+      dtype: float32 or bfloat16; default: float32 on CPU, bfloat16 elsewhere
+      mesh: devices
+      compile_cache: folder that keeps compiled programs; auto: compile_cache in out; None: none is kept
+      findings: what the findings are taken at
+      page: what the page shows
+    """
+
+    base: str | None = None
+    rl: str | None = None
+    responses: tuple[str, ...] = ()
+    problems: str = ""
+    out: str = "runs/diagnosis"
+    n: int = 2
+    limit: int | None = None
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 8_192
+    max_prompt_tokens: int | None = None
+    prompt_suffix: str = ""
+    stop_token_ids: tuple[int, ...] = ()
+    graders: tuple[str, ...] = ("math_verify",)
+    grader_workers: int = 2
+    slots: int | None = None
+    memory: float | None = None
+    top: int = 5
+    batch_tokens: int = 16_384
+    chunk: int = 512
+    cache_dtype: Literal["model", "int8"] = "model"
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    compile_cache: str | None = "auto"
+    findings: FindingsConfig = FindingsConfig()
+    page: PageConfig = PageConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class PageCommand:
+    """Findings, figures and page anew from the files of a finished diagnosis, or of a training run's microscope.
+
+    Attributes:
+      run: folder with tokens.parquet, or with step_* folders that have it
+      findings: what the findings are taken at
+      page: what the page shows
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    findings: FindingsConfig = FindingsConfig()
+    page: PageConfig = PageConfig()
+
+
+def check(config: DiagnoseConfig) -> None:
+    """Refuses what is out of range.
+
+    Raises:
+      ValueError: one sentence naming the key, the value and what was expected.
+    """
+    for role in ("base", "rl"):
+        if getattr(config, role) is None:
+            raise ValueError(f"{role} missing: a diagnosis compares two models; give --{role} FOLDER")
+    if bool(config.responses) == bool(config.problems):
+        given = "both are given" if config.problems else "neither is given"
+        raise ValueError(f"responses and problems: expected one of --responses FILE and --problems FILE, {given}")
+    for key in ("n", "top", "batch_tokens", "chunk", "max_new_tokens", "grader_workers"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"{key} = {getattr(config, key)}: expected 1 or more")
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit = {config.limit}: expected 1 or more")
+    check_findings(config.findings, config.page)
+
+
+def check_findings(findings: FindingsConfig, page: PageConfig) -> None:
+    """The same for what the files are read at."""
+    for key in ("tail", "rate", "confidence"):
+        value = getattr(findings, key)
+        if not 0 < value < 1:
+            raise ValueError(f"findings.{key} = {value}: expected a number above 0 and below 1")
+    if findings.rate > 0.5:
+        raise ValueError(f"findings.rate = {findings.rate}: expected at most 0.5")
+    if findings.resamples < 1 or findings.extremes < 0:
+        raise ValueError(f"findings.resamples = {findings.resamples}, findings.extremes = {findings.extremes}: too few")
+    if page.responses < 1:
+        raise ValueError(f"page.responses = {page.responses}: expected 1 or more")

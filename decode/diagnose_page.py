@@ -1,0 +1,146 @@
+"""From the files of a diagnosis to what is looked at: findings.json, the figures, the page."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from decode.diagnose_config import FindingsConfig, PageConfig
+from rlvr_jax.files import write_json
+from rlvr_jax.microscope import files
+from rlvr_jax.microscope.columns import ScoredResponse
+from rlvr_jax.microscope.figures import figures
+from rlvr_jax.microscope.files import Response, TokenTable
+from rlvr_jax.microscope.findings import Options, findings
+from rlvr_jax.microscope.page import write_page
+
+_PLAIN: Any = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+def draw_results(folder: Path, settings: FindingsConfig, page: PageConfig) -> None:
+    """Writes findings.json, figures/ and page.html into a folder that holds a diagnosis, or several as step_* folders.
+
+    Raises:
+      ValueError: no such files there; a problem for the page that is not there.
+    """
+    folders = [folder] if (folder / files.TOKENS).is_file() else sorted(folder.glob("step_*"))
+    if not folders:
+        raise ValueError(f"{folder}: no {files.TOKENS} and no step_* folders; expected a finished diagnosis")
+    tables = [files.read_tokens(one) for one in folders]
+    table = joined(tables)
+    options = Options(**{name: getattr(settings, name) for name in Options._fields if hasattr(settings, name)})
+    found = findings(table, options)
+    write_json(folder / "findings.json", found)
+    drawn = figures(found, folder / "figures")
+    shown = chosen(table.responses, page)
+    words = {token: text for one in folders for token, text in files.read_vocabulary(one).items()}
+    size = write_page(
+        folder / "page.html",
+        _read(folders, tables, shown),
+        vocabulary=words,
+        figures=drawn,
+        note=_note(folder, found, len(shown)),
+    )
+    _print(found)
+    screen = Console(width=None if sys.stdout.isatty() else 140)
+    screen.print(f"findings: {folder / 'findings.json'}, figures: {folder / 'figures'}", **_PLAIN)
+    screen.print(f"page: {folder / 'page.html'} ({size / 1e6:.1f} MB, {len(shown)} responses)", **_PLAIN)
+
+
+def joined(tables: Sequence[TokenTable]) -> TokenTable:
+    """Several tables as one."""
+    if len(tables) == 1:
+        return tables[0]
+    begins = np.cumsum([0, *(len(table.responses) for table in tables)])
+    return TokenTable(
+        responses=[one for table in tables for one in table.responses],
+        response=np.concatenate([t.response + np.int32(begin) for t, begin in zip(tables, begins, strict=False)]),
+        position=np.concatenate([table.position for table in tables]),
+        token=np.concatenate([table.token for table in tables]),
+        text=pa.chunked_array([chunk for table in tables for chunk in table.text.chunks], pa.string()),
+        values={name: np.concatenate([table.values[name] for table in tables]) for name in tables[0].values},
+    )
+
+
+def chosen(responses: Sequence[Response], page: PageConfig) -> list[int]:
+    """Places of the responses that the page shows, in their own order.
+
+    Problems spread evenly over all; of each the first response of every source, then the second, until they suffice.
+
+    Raises:
+      ValueError: a problem in `page.problems` that no response belongs to.
+    """
+    of_problem: dict[int, dict[str, list[int]]] = {}
+    for place, one in enumerate(responses):
+        if one.length:
+            of_problem.setdefault(one.problem, {}).setdefault(one.source, []).append(place)
+    problems = sorted(of_problem)
+    if page.problems:
+        missing = sorted(set(page.problems) - of_problem.keys())
+        if missing:
+            raise ValueError(f"page.problems has {missing[0]}: no response belongs to a problem of that number")
+        problems = sorted(set(page.problems))
+    sources = max(len(by_source) for by_source in of_problem.values())
+    count = min(len(problems), max(1, page.responses // sources))
+    spread = [problems[i * len(problems) // count] for i in range(count)]
+    most = max(len(places) for problem in spread for places in of_problem[problem].values())
+    found = [
+        places[turn]
+        for turn in range(most)
+        for problem in spread
+        for places in of_problem[problem].values()
+        if turn < len(places)
+    ]
+    return sorted(found[: page.responses])
+
+
+def _read(folders: Sequence[Path], tables: Sequence[TokenTable], places: Sequence[int]) -> list[ScoredResponse]:
+    """The responses at these places of the joined table."""
+    found, begin = [], 0
+    for folder, table in zip(folders, tables, strict=True):
+        end = begin + len(table.responses)
+        found += files.read_scored(folder, [place - begin for place in places if begin <= place < end])
+        begin = end
+    return found
+
+
+def _note(folder: Path, found: dict[str, Any], shown: int) -> str:
+    """Which models, which responses, chosen how."""
+    config = read_json(folder / "config.json")
+    models = f"{config['base']} and {config['rl']}. " if {"base", "rl"} <= config.keys() else ""
+    return (
+        f"{models}{shown} of {found['responses']:,} responses, to problems spread evenly over all {found['problems']:,}; "
+        f"the figures are of all {found['tokens']:,} tokens."
+    )
+
+
+def _print(found: dict[str, Any]) -> None:
+    """The figures that are read first."""
+    screen = Console(width=None if sys.stdout.isatty() else 140)
+    table = Table("responses of", "responses", "tokens", "mean Δlogp", box=None, header_style="bold")
+    first = next(iter(found["delta_logp_tails"].values()))[0]["threshold"]
+    table.add_column(f"Δlogp ≤ −{first:g}")
+    table.add_column(f"Δlogp ≥ {first:g}")
+    for source, one in found["sources"].items():
+        tails = found["delta_logp_tails"][source][0]
+        table.add_row(
+            *(source, f"{one['responses']:,}", f"{one['tokens']:,}", _said(one["mean_delta_logp"], 1, "{:.4f}")),
+            *(_said(tails[side], 100, "{:.2f}") + " %" for side in ("below", "above")),
+        )
+    screen.print(table)
+    both = {name: one for name, one in found["histograms"].items() if "overlap" in one}
+    if both:
+        table = Table("overlap of base's and rl's responses", "of all tokens", "of the tail", box=None)
+        for name, one in both.items():
+            table.add_row(name, _said(one["overlap"], 1, "{:.3f}"), _said(one["overlap_tail"], 1, "{:.3f}"))
+        screen.print(table)
+
+
+def _said(interval: dict[str, float | None], times: float, form: str) -> str:
+    shown = [("–" if x is None else form.format(times * x)) for x in (interval[k] for k in ("value", "low", "high"))]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
