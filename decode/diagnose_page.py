@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from decode.diagnose_config import FindingsConfig, PageConfig
+from decode.results import read_json
 from rlvr_jax.files import write_json
 from rlvr_jax.microscope import files
 from rlvr_jax.microscope.columns import ScoredResponse
@@ -44,7 +45,7 @@ def draw_results(folder: Path, settings: FindingsConfig, page: PageConfig) -> No
         _read(folders, tables, shown),
         vocabulary=words,
         figures=drawn,
-        note=_note(folder, found, len(shown)),
+        note=_note(folder, found, page, len(shown)),
     )
     _print(found)
     screen = Console(width=None if sys.stdout.isatty() else 140)
@@ -109,13 +110,16 @@ def _read(folders: Sequence[Path], tables: Sequence[TokenTable], places: Sequenc
     return found
 
 
-def _note(folder: Path, found: dict[str, Any], shown: int) -> str:
+def _note(folder: Path, found: dict[str, Any], page: PageConfig, shown: int) -> str:
     """Which models, which responses, chosen how."""
     config = read_json(folder / "config.json")
     models = f"{config['base']} and {config['rl']}. " if {"base", "rl"} <= config.keys() else ""
+    which = (
+        "of the problems that were asked for" if page.problems else f"spread over all {found['problems']:,} problems"
+    )
     return (
-        f"{models}{shown} of {found['responses']:,} responses, to problems spread evenly over all {found['problems']:,}; "
-        f"the figures are of all {found['tokens']:,} tokens."
+        f"{models}{shown} of {found['responses']:,} responses, {which}; the figures are of all "
+        f"{found['tokens']:,} tokens."
     )
 
 
