@@ -123,6 +123,12 @@ def _note(folder: Path, found: dict[str, Any], page: PageConfig, shown: int) -> 
     )
 
 
+def _short(path: str) -> str:
+    """A path under the working directory without it."""
+    short = os.path.relpath(path)
+    return path if short.startswith("..") else short
+
+
 def _print(found: dict[str, Any]) -> None:
     """The figures that are read first."""
     screen = Console(width=None if sys.stdout.isatty() else 140)

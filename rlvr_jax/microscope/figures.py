@@ -105,6 +105,7 @@ def figures(found: dict[str, Any], folder: Path | None = None) -> list[Figure]:
             with matplotlib.rc_context({"svg.hashsalt": name}):  # else ids, and so the file, differ every time
                 text = io.StringIO()
                 canvas.savefig(text, format="svg", metadata={"Date": None})
+            canvas.set_layout_engine("none")  # all is in its place
             svg = text.getvalue()
             made.append(Figure(*said[name], svg[svg.index("<svg") :]))
             if folder is not None:
