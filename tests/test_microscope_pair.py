@@ -14,6 +14,7 @@ from tests.decoding_tools import full_logprobs, tiny_qwen
 from tests.tiny import tiny_config
 
 PIECE, TOP = 32, 3
+WRITERS = ["rl", "base", "rl", "base", "rl"]
 LENGTHS = [(3, 5), (1, 1), (20, 0), (9, 20), (7, 2 * PIECE + 9)]
 
 
@@ -38,7 +39,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def scored(pair, texts):
-    return score_pair(*pair, *texts, written_by=["rl", "base", "rl", "base", "rl"], top=TOP, chunk=64)
+    return score_pair(*pair, *texts, written_by=WRITERS, top=TOP, chunk=64)
 
 
 def expected_columns(base_TV, rl_TV, tokens, writer):
@@ -69,8 +70,7 @@ def test_columns_are_those_of_float64(pair, texts, scored):
         got = scored[row]
         assert got.token.tolist() == response
         at = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
-        writer = ("rl", "base")[row in (1, 3)]
-        expected = expected_columns(whole[0][row, at], whole[1][row, at], np.array(response, int), writer)
+        expected = expected_columns(whole[0][row, at], whole[1][row, at], np.array(response, int), WRITERS[row])
         for name, value in expected.items():
             column = getattr(got, name)
             assert column.shape == value.shape, name
@@ -82,12 +82,23 @@ def test_columns_are_those_of_float64(pair, texts, scored):
         np.testing.assert_allclose(got.delta_logp, expected["logp_rl"] - expected["logp_base"], atol=2e-4)
 
 
-@pytest.mark.parametrize("options", [{"batch_tokens": 1}, {"mesh": make_mesh(2, 2, 2)}])
-def test_batches_and_a_mesh_change_nothing(pair, texts, scored, options):
-    got = score_pair(*pair, *(part[:4] for part in texts), top=TOP, written_by=["rl", "base", "rl", "base"], **options)
-    for expected, one in zip(scored, got, strict=False):
-        for name in one._fields:
-            np.testing.assert_allclose(getattr(one, name), getattr(expected, name), atol=1e-4, err_msg=name)
+def test_batches_change_nothing(pair, texts, scored):
+    rows = []
+    for row, one in iterate_pair(*pair, *texts, top=TOP, written_by=WRITERS, batch_tokens=1):
+        rows.append(row)
+        assert_same(one, scored[row])
+    assert sorted(rows) == [0, 1, 2, 3, 4]
+    assert rows[0] == 4  # the longest text comes first
+
+
+def test_a_mesh_changes_nothing(pair, texts, scored):
+    parts = [part[:1] for part in texts]
+    assert_same(score_pair(*pair, *parts, top=TOP, mesh=make_mesh(2, 2, 2))[0], scored[0])
+
+
+def assert_same(got, expected):
+    for name in got._fields:
+        np.testing.assert_allclose(getattr(got, name), getattr(expected, name), atol=1e-4, err_msg=name)
 
 
 def test_ranks_of_equal_probabilities():
@@ -114,12 +125,6 @@ def test_no_array_of_all_positions_and_the_vocabulary():
     for tokens in (PIECE, 96, 97):
         assert f"f32[4,{tokens},57]" not in jaxpr
         assert f"f32[{4 * tokens},57]" not in jaxpr
-
-
-def test_responses_come_one_batch_at_a_time(pair, texts):
-    rows = [row for row, _ in iterate_pair(*pair, *texts, batch_tokens=1)]
-    assert sorted(rows) == [0, 1, 2, 3, 4]
-    assert rows[0] == 4  # the longest
 
 
 def test_bad_arguments_are_named(pair):
