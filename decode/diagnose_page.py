@@ -1,5 +1,6 @@
 """From the files of a diagnosis to what is looked at: findings.json, the figures, the page."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path

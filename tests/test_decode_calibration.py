@@ -99,7 +99,7 @@ def test_what_was_found_is_kept(swept, monkeypatch):
     """A finished run resumed loads nothing; one with another criterion adds its threshold and changes no other."""
     before, files = calibration(swept), results(swept)
     with monkeypatch.context() as patch:
-        patch.setattr(decode.run, "load_hf", None)
+        patch.setattr(decode.run, "load", None)
         decode.run.run(decode.run.check(swept))
     assert calibration(swept) == before
     assert results(swept) == files

@@ -166,7 +166,7 @@ def test_every_response_of_a_chunk_waited_for_a_compilation(monkeypatch):
 
 def test_a_finished_run_is_not_decoded_again(done, monkeypatch):
     before = results(done)
-    monkeypatch.setattr(decode.run, "load_hf", None)
+    monkeypatch.setattr(decode.run, "load", None)
     (Path(done.out) / "rl" / "seed3.json").unlink()
     decode.run.run(decode.run.check(dataclasses.replace(done, slots=64)))
     assert results(done) == before
