@@ -105,3 +105,25 @@ def test_values_out_of_bounds_are_refused(key, changes):
     with pytest.raises(ValueError, match=f"^{key}: expected") as error:
         check_values(dataclasses.replace(good, **changes))
     assert key in str(error.value)
+
+
+def test_published_recipes_parse():
+    from rlvr_jax.program import read_config
+    from train.config import Config
+    from train.prepare import check_values
+    from train.sft import SFTConfig
+
+    for name, alpha, response in (("qwen2_5_math_7b", 0.2, 8192), ("qwen3_8b_base", 0.1, 20480)):
+        path = ROOT / "configs" / f"{name}.py"
+        config = read_config(Config, path)
+        check_values(config)
+        assert f"python -m train --config configs/{name}.py" in path.read_text()[:400]
+        algorithm = config.algorithm
+        assert (algorithm.reweight.kind, algorithm.reweight.alpha) == ("low_prob", alpha)
+        assert (config.rollout.max_response, config.data.max_prompt, config.rollout.n) == (response, 2048, 16)
+        assert (algorithm.train_batch, algorithm.mini_batch, config.rollout.generation_batch) == (512, 32, 1536)
+        assert (algorithm.clip_low, algorithm.clip_high, algorithm.clip_dual) == (0.2, 0.28, 10.0)
+        assert (config.optim.lr, config.optim.weight_decay, config.optim.warmup) == (1e-6, 0.1, 10)
+        assert (config.reward.overlong_buffer, config.eval.every, config.checkpoint.every) == (4096, 5, 10)
+        assert (config.eval.temperature, config.eval.top_p) == (1.0, 0.7)
+    assert read_config(SFTConfig, ROOT / "configs" / "sft.py").data

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import pyarrow.parquet as pq
 import pytest
 
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.text import load_tokenizer
+from rlvr_jax.microscope import files
+from rlvr_jax.microscope.pair import score_pair
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import hidden_states, logits
 from rlvr_jax.program import run_program
@@ -23,6 +26,7 @@ from train.metrics import MetricLog
 from train.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
+LOOKS = {"log__microscope_every": 2, "log__microscope_responses": 5}
 COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
@@ -111,17 +115,17 @@ def whole(place):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricLog, "write", noted)
-        records = train(place, place / "whole")
+        records = train(place, place / "whole", **LOOKS)
     jax.monitoring.unregister_event_duration_listener(count)
     return records, seen
 
 
 def test_two_steps_and_two_after_a_resume_are_four_steps(place, whole):
-    train(place, place / "resumed", steps=2)
+    train(place, place / "resumed", steps=2, **LOOKS)
     # what a run killed after its checkpoint would have left behind
     with open(place / "resumed" / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "trainer_steps": 3, "loss": 1}\n{"kind": "tra')
-    records = train(place, place / "resumed", steps=4)
+    records = train(place, place / "resumed", steps=4, **LOOKS)
     assert [(r["kind"], r["trainer_steps"]) for r in records] == [
         ("eval", 0),
         ("train", 1),
@@ -141,6 +145,8 @@ def test_two_steps_and_two_after_a_resume_are_four_steps(place, whole):
     for step in (3, 4):
         name = f"rollouts/step_{step:06d}.jsonl"
         assert rows_of(place / "resumed" / name) == rows_of(place / "whole" / name)
+    for file in (place / "whole" / "microscope").rglob("*.parquet"):
+        assert pq.read_table(place / "resumed" / file.relative_to(place / "whole")).equals(pq.read_table(file))
 
 
 def test_nothing_is_compiled_after_the_warm_up(whole):
@@ -229,6 +235,26 @@ def test_rollouts_are_readable_and_consistent(place, whole):
     record = next(r for r in whole[0] if r["kind"] == "train")
     assert record["score"] == pytest.approx(np.mean([row["score"] for row in rows]), rel=1e-5)
     assert record["loss_weight"] == pytest.approx(sum(row["length"] for row in rows))
+
+
+def test_the_microscope_sees_the_step_s_rollouts_with_both_policies(place, whole):
+    """rl is the policy that the trainer scores with before its updates, base the folder that training began with."""
+    folder = place / "whole" / "microscope"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000002", "step_000004"]
+    for step in (2, 4):
+        seen = files.read_scored(folder / f"step_{step:06d}", range(5))
+        rows = rows_of(place / "whole" / "rollouts" / f"step_{step:06d}.jsonl")
+        assert {one.source for one in seen} == {f"step {step}"}
+        for one in seen:
+            (row,) = (r for r in rows if "".join(t[0] for t in r["tokens"]) == one.text and r["prompt"] == one.prompt)
+            assert (row["correct"], row["answer"]) == (one.correct, one.answer)
+            np.testing.assert_allclose(one.columns.logp_rl, [token[3] for token in row["tokens"]], atol=2e-4)
+        config, params = load_hf(place / "model", dtype="float32")
+        tokenizer = load_tokenizer(place / "model")
+        texts = [tokenizer.encode(one.prompt) for one in seen], [one.columns.token.tolist() for one in seen]
+        for one, initial in zip(seen, score_pair(config, params, config, params, *texts), strict=True):
+            np.testing.assert_allclose(one.columns.logp_base, initial.logp_base, atol=1e-4)
+    assert np.abs(seen[0].columns.delta_logp).max() > 0.01
 
 
 def test_a_reward_of_ones_own_may_be_a_number(place):
@@ -376,25 +402,3 @@ def test_recipe_file_and_flags(place):
     recipe.write_text("from train.config import Config\nconfig = Config(stepz=7)\n")
     with pytest.raises(ValueError, match=r"recipe\.py: .*stepz"):
         prepare(["--config", str(recipe)])
-
-
-def test_published_recipes_parse():
-    from rlvr_jax.program import read_config
-    from train.config import Config
-    from train.prepare import check_values
-    from train.sft import SFTConfig
-
-    for name, alpha, response in (("qwen2_5_math_7b", 0.2, 8192), ("qwen3_8b_base", 0.1, 20480)):
-        path = ROOT / "configs" / f"{name}.py"
-        config = read_config(Config, path)
-        check_values(config)
-        assert f"python -m train --config configs/{name}.py" in path.read_text()[:400]
-        algorithm = config.algorithm
-        assert (algorithm.reweight.kind, algorithm.reweight.alpha) == ("low_prob", alpha)
-        assert (config.rollout.max_response, config.data.max_prompt, config.rollout.n) == (response, 2048, 16)
-        assert (algorithm.train_batch, algorithm.mini_batch, config.rollout.generation_batch) == (512, 32, 1536)
-        assert (algorithm.clip_low, algorithm.clip_high, algorithm.clip_dual) == (0.2, 0.28, 10.0)
-        assert (config.optim.lr, config.optim.weight_decay, config.optim.warmup) == (1e-6, 0.1, 10)
-        assert (config.reward.overlong_buffer, config.eval.every, config.checkpoint.every) == (4096, 5, 10)
-        assert (config.eval.temperature, config.eval.top_p) == (1.0, 0.7)
-    assert read_config(SFTConfig, ROOT / "configs" / "sft.py").data

@@ -216,6 +216,11 @@ class LogConfig:
     """Groups a trainer step whose responses go to run_dir/rollouts, one JSONL file a step; None: all; 0: none."""
     tokens: bool = True
     """Each of those responses token by token: text, advantage after re-weighting, weight, log-prob."""
+    microscope_every: int = 0
+    """Trainer steps between two looks through the microscope: some of the step's responses, token by token, under the
+    initial policy and the current one, in run_dir/microscope (docs/microscope.md). 0: none."""
+    microscope_responses: int = 32
+    """Responses of each look, of groups spread over the step's."""
     profile_step: int | None = None
     """Trainer step, counted from 1, of which jax.profiler writes a trace to run_dir/profile (process 0, its devices);
     None: none. The first steps compile: take the third or a later one."""

@@ -17,7 +17,7 @@ from train.step_metrics import BINS, OUTSIDE_PHASES, STEP_PHASES
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 PHASES = (*STEP_PHASES, "other", *OUTSIDE_PHASES)
-PHASE_COLOURS = (*COLOURS, "#999999", "#F0E442")
+PHASE_COLOURS = (*COLOURS, "#999999", "#F0E442", "#7A5C00")
 BAND = "line: mean over seeds, band: least to greatest"
 INTERVAL = "band: 95% interval over problems"
 

@@ -26,6 +26,7 @@ from train.evaluate import evaluate
 from train.export import export
 from train.groups import Group, from_plain, to_plain
 from train.metrics import MetricLog, plain, write_jsonl
+from train.microscope import observe
 from train.prepare import Job
 from train.resume import fingerprint
 from train.rollout import Collected, Collector, Decoder
@@ -171,6 +172,7 @@ class _Run:
             return False
         self._phase("prepare")
         collecting = self.clock.take()
+        outside["microscope"] = self._looked(collected.groups)
         outcome = self.trainer.train(collected.groups, self.trainer_steps, self._phase)
         self._phase("log")
         training = self.clock.take()
@@ -186,6 +188,16 @@ class _Run:
         if self.ahead is None:
             self.position = self.collector.snapshot()
         return True
+
+    def _looked(self, groups: list[Group]) -> float:
+        """The microscope's look at the step's responses, where it is due; the seconds that it took."""
+        every, step = self.config.log.microscope_every, self.trainer_steps + 1
+        if every and step % every == 0:
+            self._phase("microscope")
+            observe(self.job, groups, self._rollout_params(), step, write=self.cluster.main)
+        taken = self.clock.take().get("microscope", 0.0)
+        self._phase("prepare")
+        return taken
 
     def _collected(self, last: bool) -> Collected:
         """The groups of this step; with one_step_off those of the next one are begun."""

@@ -174,6 +174,7 @@ def value_faults(config: Config) -> Iterator[str]:
         "algorithm.micro_batches": algorithm.micro_batches,
         "algorithm.max_generation_batches": algorithm.max_generation_batches,
         "model.logprob_chunk": config.model.logprob_chunk,
+        "log.microscope_responses": config.log.microscope_responses,
         "reward.workers": config.reward.workers,
         "eval.n": config.eval.n,
         "epochs": config.epochs,

@@ -23,7 +23,7 @@ from train.config import AlgorithmConfig
 
 BINS = tuple(f"p{low:g}-{high:g}" for low, high in itertools.pairwise(PROBABILITY_EDGES))
 STEP_PHASES = ("rollout", "grade", "score", "update")
-OUTSIDE_PHASES = ("eval", "save", "export", "log")
+OUTSIDE_PHASES = ("eval", "save", "export", "log", "microscope")
 _GIB = 2**30
 
 
