@@ -40,6 +40,8 @@ from rlvr_jax.microscope.files import Response
 from rlvr_jax.microscope.pair import iterate_pair
 from rlvr_jax.models.config import QwenConfig, platform_dtype
 from rlvr_jax.program import RunError, compile_cache, parse_config
+from rlvr_jax.remote import TEXT_FILES, is_url, local
+from rlvr_jax.run_folder import RunFolder
 
 DESCRIPTION = "Every token of given or decoded responses under two models; findings, figures and a page."
 STRETCH = 1 << 18  # tokens of responses that are scored longest first; their numbers are put in order in memory
@@ -56,12 +58,13 @@ class Job:
     given: list[Given] | None
     decode: decoding.Job | None
     inputs: dict[str, str]
+    folder: RunFolder
     lock: contextlib.AbstractContextManager[Any]
 
     @property
     def out(self) -> Path:
-        """Folder of the results."""
-        return Path(self.config.out)
+        """Folder of the results on this machine."""
+        return self.folder.local
 
 
 def prepare(argv: Sequence[str]) -> Job | PageCommand:
@@ -80,12 +83,11 @@ def checked(config: DiagnoseConfig) -> Job:
     """A job from a configuration; see `prepare`."""
     check(config)
     config = dataclasses.replace(config, dtype=config.dtype or platform_dtype())
-    out = Path(config.out)
     folders = {role: model_folder(role, str(getattr(config, role))) for role in ("base", "rl")}
     models = {role: QwenConfig.from_hf(folder) for role, folder in folders.items()}
     if config.top > models["rl"].vocab_size:
         raise ValueError(f"top = {config.top}: expected at most {models['rl'].vocab_size}, the vocabulary")
-    tokenizer_folder = Path(config.tokenizer) if config.tokenizer else folders["rl"]
+    tokenizer_folder = Path(local(config.tokenizer, TEXT_FILES)) if config.tokenizer else folders["rl"]
     tokenizer = load_tokenizer(tokenizer_folder)
     check_vocabularies(models, folders, tokenizer, tokenizer_folder)
     mesh = decoding.mesh_of(config.mesh)
@@ -97,22 +99,24 @@ def checked(config: DiagnoseConfig) -> Job:
         given = read_given(config.responses, tokenizer, config.limit)
         check_given(given, models)
         inputs["responses"] = fingerprint(given)
-    held = lock(out)
-    _check_resume(config, inputs)
-    drawn = None if given is not None else decoding.check(_decode_config(config))
-    return Job(config, folders, mesh, tokenizer, given, drawn, inputs, held)
+    folder = RunFolder(config.out).take()
+    held = lock(folder.local)
+    _check_resume(folder.local, config, inputs)
+    drawn = None if given is not None else decoding.check(_decode_config(config, folder.local / "decode"))
+    return Job(config, folders, mesh, tokenizer, given, drawn, inputs, folder, held)
 
 
 def run(job: Job | PageCommand) -> None:
     """Does the job. Raises RunError for what ends a run."""
     if isinstance(job, PageCommand):
         try:
-            draw_results(Path(job.run), job.findings, job.page)
+            with RunFolder(job.run).take() as folder:
+                draw_results(folder.local, job.findings, job.page)
         except ValueError as error:
             raise RunError(str(error)) from error
         return
     try:
-        with job.lock, compile_cache(job.config.compile_cache, job.out):
+        with job.folder, job.lock, compile_cache(job.config.compile_cache, job.out):
             _run(job)
     except OSError as error:
         raise RunError(f"{error}; the same command goes on where this run stopped") from error
@@ -143,7 +147,7 @@ def _run(job: Job) -> None:
     draw_results(out, config.findings, config.page)
 
 
-def _decode_config(config: DiagnoseConfig) -> DecodeConfig:
+def _decode_config(config: DiagnoseConfig, out: Path) -> DecodeConfig:
     """The decoding run that draws the responses, base's and rl's, into a folder of the diagnosis."""
     settings = tuple(
         Setting(name=role, model=role, temperature=config.temperature, top_p=config.top_p) for role in ("base", "rl")
@@ -153,7 +157,7 @@ def _decode_config(config: DiagnoseConfig) -> DecodeConfig:
     }
     return DecodeConfig(
         **{name: getattr(config, name) for name in names - {"out"}},
-        out=str(Path(config.out) / "decode"),
+        out=str(out),
         settings=settings,
         seeds=(config.seed,),
         save_tokens=True,
@@ -302,13 +306,13 @@ def _plain(config: DiagnoseConfig) -> dict[str, Any]:
     for key in ("base", "rl", "problems", "tokenizer"):
         if values[key] and os.path.exists(values[key]):
             values[key] = os.path.abspath(values[key])
-    values["responses"] = [os.path.abspath(path) for path in values["responses"]]
+    values["responses"] = [path if is_url(path) else os.path.abspath(path) for path in values["responses"]]
     return values
 
 
-def _check_resume(config: DiagnoseConfig, inputs: dict[str, str]) -> None:
+def _check_resume(out: Path, config: DiagnoseConfig, inputs: dict[str, str]) -> None:
     """Refuses a folder that holds another diagnosis."""
-    out, now = Path(config.out), _plain(config)
+    now = _plain(config)
     before = read_json(out / "config.json")
     for key in sorted(before.keys() & now.keys() - set(FREE_TO_CHANGE)):
         if before[key] != now[key]:

@@ -13,6 +13,7 @@ from decode.results import read_json
 from rlvr_jax.data.rows import read_rows
 from rlvr_jax.data.text import Tokenizer, encode_text, render_chat
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.remote import local
 
 KEYS = ("prompt", "messages", "response", "answer", "correct", "problem", "sample", "source", "tokens")
 SOURCES = ("base", "rl", "given")
@@ -62,7 +63,7 @@ def read_given(paths: Sequence[str], tokenizer: Tokenizer, limit: int | None = N
     """
     found = []
     for path in paths:
-        rows = list(_read_file(Path(path), tokenizer))
+        rows = list(_read_file(Path(local(path)), tokenizer))
         if not rows:
             raise ValueError(f"{path}: no responses in this file")
         found += rows[:limit]

@@ -107,6 +107,21 @@ def test_values_out_of_bounds_are_refused(key, changes):
     assert key in str(error.value)
 
 
+def test_recipe_file_and_flags(place):
+    recipe = place / "recipe.py"
+    recipe.write_text(
+        "from train.config import Config, ModelConfig, OptimConfig\n"
+        f"config = Config(steps=7, model=ModelConfig(path={str(place / 'model')!r}), optim=OptimConfig(lr=0.5))\n"
+    )
+    flags = arguments(place, place / "refused")
+    flags = flags[: flags.index("--optim.lr")] + flags[flags.index("--optim.lr") + 2 :]
+    job = prepare(["--config", str(recipe), *flags])
+    assert (job.config.optim.lr, job.config.steps) == (0.5, 4)
+    recipe.write_text("from train.config import Config\nconfig = Config(stepz=7)\n")
+    with pytest.raises(ValueError, match=r"recipe\.py: .*stepz"):
+        prepare(["--config", str(recipe)])
+
+
 def test_published_recipes_parse():
     from rlvr_jax.program import read_config
     from train.config import Config

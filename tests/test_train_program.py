@@ -387,18 +387,3 @@ def test_three_updates_in_a_row_that_are_not_finite_end_the_run_with_their_batch
     np.testing.assert_allclose(
         bad["old_logp_NR"].sum(1), [row["mean_logp"] * row["length"] for row in rollouts], rtol=1e-5
     )
-
-
-def test_recipe_file_and_flags(place):
-    recipe = place / "recipe.py"
-    recipe.write_text(
-        "from train.config import Config, ModelConfig, OptimConfig\n"
-        f"config = Config(steps=7, model=ModelConfig(path={str(place / 'model')!r}), optim=OptimConfig(lr=0.5))\n"
-    )
-    flags = arguments(place, place / "refused")
-    flags = flags[: flags.index("--optim.lr")] + flags[flags.index("--optim.lr") + 2 :]
-    job = prepare(["--config", str(recipe), *flags])
-    assert (job.config.optim.lr, job.config.steps) == (0.5, 4)
-    recipe.write_text("from train.config import Config\nconfig = Config(stepz=7)\n")
-    with pytest.raises(ValueError, match=r"recipe\.py: .*stepz"):
-        prepare(["--config", str(recipe)])

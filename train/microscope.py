@@ -6,7 +6,6 @@ before the step's updates. `python -m decode diagnose page run_dir/microscope` s
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -103,5 +102,8 @@ def observe(job: Job, groups: Sequence[Group], params: Any, step: int, *, write:
                     columns=found,
                 )
             )
-        folder = Path(job.config.run_dir) / "microscope" / f"step_{step:06d}"
-        write_scored(folder, scored, lambda token: decode_ids(job.tokenizer, [token]))
+        write_scored(
+            job.folder.local / "microscope" / f"step_{step:06d}",
+            scored,
+            lambda token: decode_ids(job.tokenizer, [token]),
+        )
