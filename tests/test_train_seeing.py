@@ -217,6 +217,7 @@ def test_times_by_phase_add_up():
     assert got == {
         **{"seconds_rollout": 14, "seconds_grade": 3, "seconds_score": 7, "seconds_update": 9, "seconds_other": 3},
         **{"seconds_eval": 5, "seconds_save": 1, "seconds_export": 0, "seconds_log": 2, "seconds": 36},
+        "seconds_microscope": 0,
     }
 
 
