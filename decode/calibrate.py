@@ -6,7 +6,7 @@ was drawn again changes what follows it.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from decode.draw import Models, Wanted, draw
 from decode.inputs import Inputs
 from decode.progress import DecodeProgress
 from decode.results import JsonLines, read_json
+from rlvr_jax.distributed import cluster
 from rlvr_jax.files import write_json
 from rlvr_jax.program import RunError
 from rlvr_jax.scoring import criterion_values, threshold_for_share
@@ -27,7 +28,11 @@ KEYS = ("criterion", "sample_from", "share", "top_logprobs", "temperature", "top
 
 
 def known_thresholds(folder: Path, settings: Sequence[Setting]) -> dict[str, float]:
-    """tau by the name of the setting, of those whose threshold was found earlier in this folder."""
+    """tau by the name of the setting, of those whose threshold was found earlier in this folder of process 0."""
+    return cluster().broadcast(_found(folder, settings))
+
+
+def _found(folder: Path, settings: Sequence[Setting]) -> dict[str, float]:
     found = {tuple(entry[key] for key in KEYS): entry["tau"] for entry in _read(folder)["thresholds"]}
     return {s.name: found[_key(s)] for s in settings if s.share is not None and _key(s) in found}
 
@@ -40,10 +45,12 @@ def calibrate(
     mesh: Mesh | None,
     slots: int,
     progress: DecodeProgress,
+    interruptible: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, float]:
     """tau by the name of the setting, for all settings that give a share. What calibration.json has is never changed.
 
-    Responses that a killed run drew for this are used again.
+    Responses that a killed run drew for this are used again. Of several processes, number 0 reads and writes the files.
+    `interruptible` is told what is done, and may raise.
     """
     known = known_thresholds(folder, config.settings)
     missing = [s for s in config.settings if s.share is not None and s.name not in known]
@@ -59,7 +66,8 @@ def calibrate(
                 f"calibration: {config.calibration.responses} responses of {sampled.model} at temperature "
                 f"{sampled.temperature:g}, top-p {sampled.top_p:g}"
             )
-            responses = _responses(folder, config, inputs, models, sampled, mesh, slots)
+            responses = _responses(folder, config, inputs, models, sampled, mesh, slots, interruptible)
+            interruptible("calibrate")
         for top_logprobs in dict.fromkeys(setting.top_logprobs for setting in measured):
             names = dict.fromkeys(s.criterion or "" for s in measured if s.top_logprobs == top_logprobs)
             found = criterion_values(
@@ -82,6 +90,8 @@ def calibrate(
             if entry not in entries:
                 entries.append(entry)
                 progress.say(_said(entry))
+        if not cluster().main:
+            continue
         before = _read(folder)
         before["thresholds"] += entries
         if responses:
@@ -113,22 +123,32 @@ def _responses(
     sampled: Setting,
     mesh: Mesh | None,
     slots: int,
+    interruptible: Callable[[str], None],
 ) -> list[tuple[int, list[int]]]:
     """(place of the problem, token ids) of every calibration response; those that are not on disk are drawn."""
     file = JsonLines(folder / "calibration" / f"{sampled.name}.jsonl")
     place_of = {problem.index: place for place, problem in enumerate(inputs.problems)}
-    there = {
+    found = {
         (place_of[record["problem"]], record["sample"]): record["tokens"]
-        for _, record in file.read()
+        for _, record in (file.read() if cluster().main else ())
         if record["problem"] in place_of
     }
+    keys, tokens = cluster().broadcast([list(key) for key in found]), cluster().broadcast_tokens(list(found.values()))
+    there = {(place, sample): ids for (place, sample), ids in zip(keys, tokens, strict=True)}
     count, problems = config.calibration.responses, len(inputs.problems)
     spread = [(i % problems, i // problems) if count >= problems else (i * problems // count, 0) for i in range(count)]
     wanted = [Wanted(place, sample, SEED) for place, sample in sorted(spread) if (place, sample) not in there]
     longest = config.calibration.max_new_tokens
-    drawn = draw(models, config, inputs, [(sampled, wanted)], slots=slots, mesh=mesh, max_new_tokens=longest)
+    drawn = draw(
+        *(models, config, inputs, [(sampled, wanted)]),
+        slots=slots,
+        mesh=mesh,
+        on_chunk=lambda rows, tokens: interruptible(f"calibrate, {rows} responses have ended"),
+        max_new_tokens=longest,
+    )
     for _, one in drawn:
-        file.append([{"problem": one.problem, "sample": one.sample, "tokens": one.tokens.tolist()}])
+        if cluster().main:
+            file.append([{"problem": one.problem, "sample": one.sample, "tokens": one.tokens.tolist()}])
         there[one.place, one.sample] = one.tokens.tolist()
     return [(place, there[place, sample]) for place, sample in sorted(spread)]
 

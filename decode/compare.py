@@ -28,6 +28,7 @@ from decode.summary import (
     write_csv,
 )
 from rlvr_jax.files import write_json
+from rlvr_jax.remote import local
 
 MATTERS = (
     *("base", "rl", "tokenizer", "prompt_suffix", "max_new_tokens", "stop_token_ids"),
@@ -82,7 +83,7 @@ def prepare(argv: Sequence[str]) -> Comparison:
 
 def read(config: CompareConfig) -> Comparison:
     """See `prepare`."""
-    folders = [Path(run) for run in config.runs]
+    folders = [Path(local(run, ("*.json", "*/setting.json", "*/*.rows.jsonl"))) for run in config.runs]
     if not folders:
         raise ValueError("no run: give one or more folders that `python -m decode` wrote")
     for folder in folders:

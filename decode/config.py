@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rlvr_jax.direction import CRITERIA
+from rlvr_jax.distributed import DistributedConfig
 from rlvr_jax.rewards.pool import RULES
 
 Criterion = Literal[
@@ -150,6 +151,7 @@ class DecodeConfig:
       mesh: devices
       compile_cache: folder that keeps compiled programs, so that a run which goes on does not compile again; auto:
         compile_cache in out, or that of JAX_COMPILATION_CACHE_DIR where it is set; None: none is kept
+      distributed: the processes of a run over several hosts
       save_tokens: also write tokens.parquet: ids, log-probabilities, delta log-probabilities and where it fired
     """
 
@@ -181,6 +183,7 @@ class DecodeConfig:
     mesh: MeshConfig = MeshConfig()
     compile_cache: str | None = "auto"
     save_tokens: bool = False
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
 def check_run(config: DecodeConfig) -> None:

@@ -8,6 +8,7 @@ from rlvr_jax.decode_layout import cache_shards, parts_of
 from rlvr_jax.decoding.batch import whole_pieces
 from rlvr_jax.decoding.engine import prefill_rows
 from rlvr_jax.decoding.memory import GIB, MemoryPlan, device_memory, plan_slots, working_bytes
+from rlvr_jax.distributed import cluster
 from rlvr_jax.models.cache import cache_bytes
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.memory import decode_weight_bytes
@@ -46,11 +47,16 @@ def plan(config: DecodeConfig, inputs: Inputs, dtype: str, mesh: Mesh | None, se
         weights=sum(decode_weight_bytes(model, dtype, mesh) for model in inputs.models.values()),
         slot_cache=_slot_cache(models, length, kept_in, mesh) // step,
         slot_working=logits // batch_shards(mesh),
-        limit=device_memory() if config.memory is None else int(config.memory * GIB),
+        limit=_least_memory() if config.memory is None else int(config.memory * GIB),
         prompts=prompts,
         step=step,
         other_cache=other,
     )
+
+
+def _least_memory() -> int:
+    """What may be used of a device, where all processes agree on it."""
+    return min(map(int, cluster().all_gather("memory", str(device_memory()).encode())))
 
 
 def _slot_cache(models: list[QwenConfig], length: int, dtype: str, mesh: Mesh | None) -> int:

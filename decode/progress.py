@@ -3,8 +3,10 @@
 import time
 from types import TracebackType
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rlvr_jax.distributed import cluster
 from rlvr_jax.program import console
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -13,15 +15,17 @@ SECONDS_BETWEEN_LINES = 10.0
 class DecodeProgress:
     """Progress over all responses of all settings; a context manager.
 
-    Responses found finished on a resume count as done from the start and not towards the speed.
+    Responses found finished on a resume count as done from the start and not towards the speed. Of several processes,
+    number 0 alone shows it.
     """
 
     def __init__(self, total: int, done: int):
+        self.console = console if cluster().main else Console(quiet=True)
         self.total, self.done, self.resumed = total, done, done
         self.started = self.line_at = self.begun = time.monotonic()
         self.head = self.accuracy = self.speed = ""
         self.bar: Progress | None = None
-        if console.is_terminal:
+        if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -30,7 +34,7 @@ class DecodeProgress:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                console=console,
+                console=self.console,
             )
             self.task = self.bar.add_task("", total=total, completed=done, speed="", accuracy="")
 
@@ -49,7 +53,7 @@ class DecodeProgress:
 
     def say(self, line: str) -> None:
         """A line that stays on the screen."""
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self) -> None:
         """A queue of responses begins: speed is counted from here."""

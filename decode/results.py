@@ -25,7 +25,7 @@ from rlvr_jax.files import atomic_path, write_json
 # A later run in the same folder may differ in these; a setting may join or leave, but not change under its name.
 FREE_TO_CHANGE = (
     *("out", "setting", "settings", "grid", "match_rate", "controls", "seeds", "limit"),
-    *("slots", "memory", "block", "mesh", "grader_workers", "compile_cache"),
+    *("slots", "memory", "block", "mesh", "grader_workers", "compile_cache", "distributed"),
 )
 MARKS = ("role", "control_of")  # say what a setting is there for; no response depends on them
 

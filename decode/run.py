@@ -24,10 +24,10 @@ from decode.sweep import resolve
 from decode.writer import Destination, Writer
 from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.decoding.memory import MemoryPlan
-from rlvr_jax.distributed import refuse_several
+from rlvr_jax.distributed import DistributedConfig, cluster, identity, initialize
 from rlvr_jax.files import write_json
 from rlvr_jax.models.config import platform_dtype
-from rlvr_jax.program import RunError, compile_cache, parse_config
+from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, parse_config
 from rlvr_jax.rewards.pool import RULES, GraderPool
 from rlvr_jax.run_folder import RunFolder
 from rlvr_jax.sharding import make_mesh
@@ -59,12 +59,14 @@ class Job:
 def prepare(argv: Sequence[str]) -> Job:
     """A job from the command line. Raises ValueError or OSError for anything that can be known before long work."""
     config = parse_config(DecodeConfig, argv, prog="python -m decode", description=DESCRIPTION)
-    refuse_several("python -m decode")
+    resolve(config)  # its values, before the other processes are waited for
+    initialize(config.distributed)
     return check(config)
 
 
 def check(config: DecodeConfig) -> Job:
-    """A job from a configuration; see `prepare`."""
+    """A job from a configuration, together with the other processes, where there are some; see `prepare`."""
+    cluster().phase("prepare")
     config = resolve(config)
     dtype = config.dtype or platform_dtype()
     config = dataclasses.replace(config, dtype=dtype)  # so that a run goes on in the dtype that it began in
@@ -76,17 +78,23 @@ def check(config: DecodeConfig) -> Job:
         if grader not in RULES:
             with GraderPool(workers=1) as pool:  # a researcher's own grader is imported now, not after hours
                 pool.grade(grader, [""], [""])
-    folder = RunFolder(config.out).take()
-    held = lock(folder.local)
-    check_resume(folder.local, config, inputs.fingerprints)
+    record = dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig()))
+    record |= {"out": "", "files": inputs.fingerprints, "tokens": inputs.prompts}
+    cluster().require_same("the configuration, the problems, the models or the code", *identity(record, "decode"))
+    folder, held = RunFolder(config.out).take(), contextlib.nullcontext()
+    if cluster().main:  # the only one that writes
+        held = lock(folder.local)
+        check_resume(folder.local, config, inputs.fingerprints)
     return Job(config, inputs, mesh, plans, folder, held)
 
 
 def run(job: Job) -> None:
     """Does the job: decodes, grades, writes, summarises. Raises RunError for what ends a run."""
     try:
-        with job.folder, job.lock, compile_cache(job.config.compile_cache, job.out):
-            _run(job)
+        with job.folder, job.lock, compile_cache(job.config.compile_cache, job.out), Preemption() as preemption:
+            if (watch := cluster().watch) is not None:
+                watch.asked = lambda: preemption.asked
+            _run(job, preemption)
     except OSError as error:
         raise RunError(f"{error}; the same command goes on where this run stopped") from error
     except jax.errors.JaxRuntimeError as error:
@@ -98,8 +106,9 @@ def run(job: Job) -> None:
         ) from error
 
 
-def _run(job: Job) -> None:
-    config, out = job.config, job.out
+def _run(job: Job, preemption: Preemption) -> None:
+    config, out, main = job.config, job.out, cluster().main
+    cluster().phase("load")
     try:
         runs = [_SettingRun(job, setting) for setting in config.settings]
         taus = known_thresholds(out, config.settings)
@@ -118,24 +127,40 @@ def _run(job: Job) -> None:
             role: load(role, folder, str(config.dtype), config.cache_dtype, job.mesh)
             for role, folder in job.inputs.folders.items()
         }
-    write_config(out, config, job.inputs)  # after the models: one that cannot be read claims no folder
+    if main:
+        write_config(out, config, job.inputs)  # after the models: one that cannot be read claims no folder
     job.folder.sync()  # a place that cannot be written to is found now
     progress = DecodeProgress(sum(one.total for one in runs), sum(one.done for one in runs))
-    with progress, GraderPool(config.grader_workers) as pool:
+
+    def interruptible(phase: str) -> None:
+        """Where a run that is asked to end may do so: what has ended is graded and written, the rest is drawn anew."""
+        cluster().phase(phase)
+        watch = cluster().watch
+        if preemption.asked if watch is None else watch.stop_here():
+            raise Preempted("asked to end (SIGTERM), what had ended is saved: the same command goes on")
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(progress)
         for line in dict.fromkeys(str(job.plans[one.setting.name]) for one in missing):
             progress.say(line)
         wanting = [one for one in missing if one.setting.share is not None]
         if wanting:
             slots = job.plans[wanting[0].setting.name].slots
-            taus = calibrate(out, config, job.inputs, models, job.mesh, slots, progress)
+            taus = calibrate(out, config, job.inputs, models, job.mesh, slots, progress, interruptible)
         for one in runs:
             one.begin(taus.get(one.setting.name), lambda: _summarise(out, runs), progress)
         groups: dict[tuple, list[_SettingRun]] = {}
         for one in missing:
             groups.setdefault(program(one.setting), []).append(one)
-        with Writer(job.inputs, config.graders, pool) as writer:
-            for together in groups.values():
-                _decode(job, models, together, writer, progress)
+        writer = None
+        if main:
+            pool = stack.enter_context(GraderPool(config.grader_workers))
+            writer = stack.enter_context(Writer(job.inputs, config.graders, pool))
+        for together in groups.values():
+            _decode(job, models, together, writer, progress, interruptible)
+        cluster().phase("write")
+    if not main:
+        return
     records = _summarise(out, runs)
     screen = Console(width=None if sys.stdout.isatty() else 140)
     screen.print(summary_table(records))
@@ -144,8 +169,16 @@ def _run(job: Job) -> None:
     screen.print(f"results: {job.folder.url or out}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _decode(job: Job, models: Models, runs: Sequence["_SettingRun"], writer: Writer, progress: DecodeProgress) -> None:
-    """Draws all that is missing of settings that share a program, one queue for all of them."""
+def _decode(
+    job: Job,
+    models: Models,
+    runs: Sequence["_SettingRun"],
+    writer: Writer | None,
+    progress: DecodeProgress,
+    interruptible: Callable[[str], None],
+) -> None:
+    """Draws all that is missing of settings that share a program, one queue for all of them; gives it to the writer."""
+    interruptible("decode")
     run_of = {one.decoded.name: one for one in runs}
     shown = runs[0]
     progress.begin()
@@ -156,6 +189,7 @@ def _decode(job: Job, models: Models, runs: Sequence["_SettingRun"], writer: Wri
         nonlocal compiled
         compiled = None  # not known yet for what this chunk ended
         progress.drawn(rows, tokens)
+        interruptible(f"decode, {rows} responses have ended")
 
     for setting, drawn in draw(
         *(models, job.config, job.inputs, [(one.decoded, one.missing) for one in runs]),
@@ -169,7 +203,8 @@ def _decode(job: Job, models: Models, runs: Sequence["_SettingRun"], writer: Wri
             progress.setting(one.number, len(job.config.settings), setting.name)
         if compiled is None:
             before, compiled = _compilations().count, _compilations().count > before
-        writer.put(one.destination, drawn, compiled=compiled)
+        if writer is not None:
+            writer.put(one.destination, drawn, compiled=compiled)
         progress.response()
 
 
@@ -182,7 +217,7 @@ def _summarise(out: Path, runs: Sequence["_SettingRun"]) -> list[dict[str, Any]]
 
 def mesh_of(sizes: MeshConfig) -> Mesh | None:
     """The mesh of a configuration, None for a single device."""
-    if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
+    if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1) and cluster().size == 1:
         return None
     mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
     return None if mesh.size == 1 else mesh
@@ -196,7 +231,6 @@ class _SettingRun:
         self.number = job.config.settings.index(setting) + 1
         self.folder = job.out / setting.name
         self.parts = TokenParts(self.folder)
-        self.logs = {seed: RowLog(self.folder / f"seed{seed}.rows.jsonl") for seed in job.config.seeds}
         self.outcome: Outcome | None = None
         index = [problem.index for problem in job.inputs.problems]
         # Those of one problem together, so that its prompt is read once.
@@ -206,8 +240,12 @@ class _SettingRun:
             for seed in job.config.seeds
             for sample in range(job.config.n)
         ]
-        there = [self.logs[one.seed].rows.get((index[one.place], one.sample)) for one in wanted]
-        self.missing = [one for one, row in zip(wanted, there, strict=True) if row is None]
+        self.logs: dict[int, RowLog] = {}
+        there: list[Row | None] = [None] * len(wanted)
+        if cluster().main:
+            self.logs = {seed: RowLog(self.folder / f"seed{seed}.rows.jsonl") for seed in job.config.seeds}
+            there = [self.logs[one.seed].rows.get((index[one.place], one.sample)) for one in wanted]
+        self.missing = [wanted[i] for i in cluster().broadcast([i for i, row in enumerate(there) if row is None])]
         self.total, self.done = len(wanted), len(wanted) - len(self.missing)
         self.correct = sum(row.correct for row in there if row is not None)
 
@@ -222,7 +260,7 @@ class _SettingRun:
             self.setting.gamma == 0 and self.setting.sample_from == "base",
             self._written,
         )
-        if not self.missing:
+        if not self.missing and cluster().main:
             self._finish()
 
     def _written(self, rows: Sequence[Row]) -> None:

@@ -9,6 +9,7 @@ anything.
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -16,11 +17,13 @@ import socket
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlvr_jax.watch import PEER_LOST, Watch
@@ -91,6 +94,17 @@ class Cluster:
         if self.size == 1:
             return value
         return json.loads(self.all_gather("broadcast", json.dumps(value if self.main else None).encode())[0])
+
+    def broadcast_tokens(self, rows: Sequence[Sequence[int]] | None) -> list[list[int]]:
+        """Lists of token ids of process 0, by way of the devices: they may be millions."""
+        if self.size == 1:
+            return [list(row) for row in rows or ()]
+        lengths = self.broadcast([len(row) for row in rows] if rows is not None and self.main else None)
+        flat = np.zeros(sum(lengths), np.int32)
+        if rows is not None and self.main and flat.size:
+            flat = np.concatenate([np.asarray(row, np.int32) for row in rows])
+        flat = np.asarray(multihost_utils.broadcast_one_to_all(flat)) if flat.size else flat
+        return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])] if lengths else []
 
     def require_same(self, what: str, *parts: bytes) -> None:
         """Raises ValueError naming the processes whose `parts` are not those of most."""
@@ -175,6 +189,15 @@ def refuse_several(program: str) -> None:
         raise ValueError(
             f"{program} runs as one process, and the environment says that this is one of several: start it once"
         )
+
+
+def identity(record: Any, program: str) -> Iterator[bytes]:
+    """What `require_same` compares before a run begins: plain values that JSON can hold, jax, this package, another."""
+    yield json.dumps(record, sort_keys=True, default=str).encode()
+    yield jax.__version__.encode()
+    for package in ("rlvr_jax", program):
+        for path in sorted(Path(importlib.import_module(package).__path__[0]).rglob("*.py")):
+            yield path.read_bytes()
 
 
 def leave(code: int, sentence: str) -> int:

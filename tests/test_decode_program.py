@@ -160,7 +160,7 @@ def test_every_response_of_a_chunk_waited_for_a_compilation(monkeypatch):
     writer = types.SimpleNamespace(put=lambda destination, drawn, *, compiled: flags.append(compiled))
     one = types.SimpleNamespace(decoded=RL, setting=RL, number=1, missing=[], destination=None)
     job = mock.MagicMock(plans={"rl": types.SimpleNamespace(slots=2)})
-    decode.run._decode(job, {}, [one], writer, mock.MagicMock())
+    decode.run._decode(job, {}, [one], writer, mock.MagicMock(), lambda phase: None)
     assert flags == [True, True, False, False, True, True]
 
 

@@ -12,6 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 import decode.run
+from decode import compare
 from decode.config import DecodeConfig, MeshConfig, Setting
 from rlvr_jax import remote, run_folder
 from rlvr_jax.checkpoint import Checkpoints, check_place
@@ -276,3 +277,6 @@ def test_a_decoding_run_at_a_url(store, tmp_path, monkeypatch):
     assert not [name for name in store.find("/bucket/out") if "tokens.parts" in name]
     assert store.exists("/bucket/out/rl/tokens.parquet")
     assert store.exists("/bucket/out/summary.csv")
+    compared = compare.read(compare.CompareConfig(("memory://bucket/out", here.out)))
+    one, other = (found.outcome.record["avg_at_k"] for found in compared.found)
+    assert one == other

@@ -259,9 +259,18 @@ def test_an_incomplete_description_is_refused(monkeypatch):
 
 def test_programs_of_one_process_refuse_to_be_one_of_several(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    for prepare, flags in ((sft.prepare, ["--data", "d"]), (decode_prepare, ["--base", "b", "--rl", "r"])):
-        with pytest.raises(ValueError, match="runs as one process"):
-            prepare(flags)
+    with pytest.raises(ValueError, match="here runs as one process"):
+        distributed.refuse_several("here")
+
+
+def test_what_is_wrong_with_a_command_is_said_before_others_are_waited_for(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ValueError, match="expected one of the two"):
+        sft.prepare(["--data", "d"])
+    with pytest.raises(ValueError, match="no model"):
+        decode_prepare(["--problems", "p"])
+    with pytest.raises(ValueError, match=r"distributed\.coordinator is not given"):
+        decode_prepare(["--rl", "r", "--problems", "p"])
 
 
 def test_arrays_there_and_back():

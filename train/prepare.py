@@ -15,7 +15,7 @@ from rlvr_jax.data.prompts import PromptSet, tokenize_prompts
 from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.decode_layout import decode_mesh
-from rlvr_jax.distributed import cluster, initialize
+from rlvr_jax.distributed import cluster, identity, initialize
 from rlvr_jax.models.config import QwenConfig, platform_dtype
 from rlvr_jax.models.hf import checkpoint_folder
 from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
@@ -29,7 +29,6 @@ from rlvr_jax.sharding import make_mesh
 from train.config import MAY_CHANGE, Config, MeshConfig
 from train.evaluate import distinct
 from train.resume import fingerprint, resumable, run_folder
-from train.together import identity
 from train.trackers import tracker_module
 
 log = logging.getLogger(__name__)
@@ -115,7 +114,7 @@ def check(config: Config) -> Job:
     record = {name: value for name, value in config_dict(config).items() if name != "distributed"} | {
         "data_sha256": fingerprint(json.dumps([train.tokens, [p.answer for p in train.problems]]).encode())
     }
-    cluster().require_same("the configuration, the training problems or the code", *identity(record))
+    cluster().require_same("the configuration, the training problems or the code", *identity(record, "train"))
     place = run_folder(config.run_dir).take()
     return Job(
         config=config,

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlvr_jax.files import write_json
+from rlvr_jax.remote import is_url, local
 from train import figure
 from train.curves import Line, curve, find_metric, lines, read_run
 
@@ -80,7 +81,7 @@ def prepare(argv: Sequence[str]) -> Report:
 
 def read(config: ReportConfig) -> Report:
     """See `prepare`."""
-    folders = [Path(run) for run in config.runs]
+    folders = [Path(local(run, ("config.json", "metrics.jsonl"))) for run in config.runs]
     if not folders:
         raise ValueError("no run: give one or more folders that `python -m train` wrote")
     paths = [folder.resolve() for folder in folders]
@@ -93,7 +94,7 @@ def read(config: ReportConfig) -> Report:
         metrics = list(dict.fromkeys(find_metric(name, known) for name in config.metrics))
     else:
         metrics = [name for shown in SHOWN for name in sorted(fnmatch.filter(known, shown), key=_by_number)]
-    default = folders[0] / "report" if len(folders) == 1 else Path("runs/report")
+    default = folders[0] / "report" if len(folders) == 1 and not is_url(config.runs[0]) else Path("runs/report")
     return Report(Path(config.out) if config.out else default, lines(runs), metrics)
 
 

@@ -19,18 +19,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.prompts import prompt_batches
 from rlvr_jax.data.sft import encode_conversation, read_conversations
 from rlvr_jax.data.text import Tokenizer, load_tokenizer
-from rlvr_jax.distributed import refuse_several
+from rlvr_jax.distributed import DistributedConfig, cluster, identity, initialize, place, to_host
 from rlvr_jax.files import write_json
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import init_params, param_axes
 from rlvr_jax.objectives.policy import aggregate
-from rlvr_jax.program import RunError, compile_cache, config_dict, console, parse_config, run_program
+from rlvr_jax.program import (
+    Preempted,
+    Preemption,
+    RunError,
+    compile_cache,
+    config_dict,
+    console,
+    parse_config,
+    run_program,
+)
 from rlvr_jax.remote import local
 from rlvr_jax.run_folder import RunFolder
 from rlvr_jax.sharding import ShardingRules
@@ -105,6 +115,7 @@ class SFTConfig:
     log_every: int = 1
     """Steps between records."""
     tensorboard: bool = True
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
 MAY_CHANGE = (
@@ -135,12 +146,13 @@ class SFTJob:
 def prepare(argv: Sequence[str]) -> SFTJob:
     """Reads the configuration and every input but the weights. Raises ValueError naming what is wrong."""
     config = parse_config(SFTConfig, argv, prog="python -m train.sft", description=__doc__ or "")
-    refuse_several("python -m train.sft")
+    check_values(config)
+    initialize(config.distributed)
     return check(config)
 
 
-def check(config: SFTConfig) -> SFTJob:
-    """As `prepare`, from a configuration."""
+def check_values(config: SFTConfig) -> None:
+    """Raises ValueError for values that no file has to be opened to refuse."""
     if bool(config.model) == bool(config.init_config):
         raise ValueError(f"model={config.model!r} and init_config={config.init_config!r}: expected one of the two")
     if config.init_config and not config.tokenizer:
@@ -159,6 +171,12 @@ def check(config: SFTConfig) -> SFTJob:
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"seed={config.seed}: expected 0 to 2**31 - 1")
     check_optim(config.optim)
+
+
+def check(config: SFTConfig) -> SFTJob:
+    """As `prepare`, from a configuration; together with the other processes, where there are some."""
+    check_values(config)
+    cluster().phase("prepare")
     if not Path(local(config.data)).is_file():  # before a model is downloaded
         raise ValueError(f"{config.data}: no such file")
     folder = model_folder(config.model) if config.model else None
@@ -173,8 +191,11 @@ def check(config: SFTConfig) -> SFTJob:
         longest=tokens_NT.shape[1],
         what="the longest conversation",
     )
-    record = config_dict(config) | {"data_sha256": fingerprint(tokens_NT.tobytes(), loss_mask_NT.tobytes())}
-    place = run_folder(config.run_dir).take()
+    record = {name: value for name, value in config_dict(config).items() if name != "distributed"} | {
+        "data_sha256": fingerprint(tokens_NT.tobytes(), loss_mask_NT.tobytes())
+    }
+    cluster().require_same("the configuration, the data or the code", *identity(record, "train"))
+    run_place = run_folder(config.run_dir).take()
     return SFTJob(
         config=config,
         model_folder=folder,
@@ -186,12 +207,12 @@ def check(config: SFTConfig) -> SFTJob:
         steps=config.steps or math.ceil(config.epochs * len(tokens_NT) / config.batch),
         record=record,
         resume_from=resumable(
-            place,
+            run_place,
             record,
             # at a constant rate, more steps are the same run, longer
             (*MAY_CHANGE, *(("steps", "epochs") if config.optim.schedule == "constant" else ())),
         ),
-        folder=place,
+        folder=run_place,
     )
 
 
@@ -240,9 +261,12 @@ def initial_params(job: SFTJob) -> Any:
 def run(job: SFTJob) -> None:
     """Runs a checked job to its end; raises RunError where it cannot go on."""
     config, optim, folder = job.config, job.config.optim, job.folder.local
+    main, watch = cluster().main, cluster().watch
+    cluster().phase("load", 0)
     with contextlib.ExitStack() as stack:
         stack.enter_context(job.folder)
-        write_json(folder / "config.json", config_dict(config))
+        if main:
+            write_json(folder / "config.json", config_dict(config))
         job.folder.sync()  # a place that cannot be written to is found now
         stack.enter_context(compile_cache(config.compile_cache, folder))
         stack.enter_context(jax.set_mesh(job.mesh))
@@ -264,30 +288,48 @@ def run(job: SFTJob) -> None:
             restored = checkpoints.restore(state, job.resume_from)
             state, done = restored.state, restored.step
             batches.set_state(restored.host["data"])
-        metrics = MetricLog(folder, after_step=job.resume_from, tensorboard=config.tensorboard)
-        stack.callback(metrics.close)
-        display = stack.enter_context(Display(console, total=job.steps, done=done, shown=SHOWN))
+        metrics = None
+        if main:
+            metrics = MetricLog(folder, after_step=job.resume_from, tensorboard=config.tensorboard)
+            stack.callback(metrics.close)
+        preemption = stack.enter_context(Preemption())
+        if watch is not None:
+            watch.asked = lambda: preemption.asked
+        seen = console if main else Console(quiet=True)
+        display = stack.enter_context(Display(seen, total=job.steps, done=done, shown=SHOWN))
         if done:
             display.line(f"resumed {config.run_dir} after step {done}")
-        place = ShardingRules().sharding(job.mesh, ("batch", "time"), (config.batch, job.tokens_NT.shape[1]))
+        rows_here = ShardingRules().sharding(job.mesh, ("batch", "time"), (config.batch, job.tokens_NT.shape[1]))
         display.phase("update")
         skipped_before = done - int(state.step)
+
+        def save(step: int) -> None:
+            job.folder.sync()  # before the checkpoint that counts on it
+            checkpoints.save(step, state, host={"config": job.record, "data": batches.get_state()})
+
         start, tokens = time.monotonic(), 0
         for number in range(done, job.steps):
+            cluster().phase("update", number)
+            if preemption.asked if watch is None else watch.stop_here():
+                if number and checkpoints.latest != number:
+                    save(number)
+                checkpoints.wait()
+                saved = f"saved after step {number}" if number else "no step was made"
+                raise Preempted(f"asked to end (SIGTERM), {saved}: the same command goes on")
             rows = next(batches)
             if optim.schedule == "cosine":
                 lr = warmup_cosine(number, peak=optim.lr, warmup=optim.warmup, total=job.steps)
             else:
                 lr = warmup_constant(number + 1, peak=optim.lr, warmup=optim.warmup)
             batch = {
-                "tokens_BT": jax.device_put(job.tokens_NT[rows], place),
-                "loss_mask_BT": jax.device_put(job.loss_mask_NT[rows], place),
+                "tokens_BT": place(job.tokens_NT[rows], rows_here),
+                "loss_mask_BT": place(job.loss_mask_NT[rows], rows_here),
             }
             state, made = step(with_learning_rate(state, lr), batch)
             tokens += int((job.loss_mask_NT[rows] >= 0).sum())
             last = number + 1 == job.steps
             if last or (number + 1) % config.log_every == 0:
-                made = {name: float(x) for name, x in jax.device_get(made).items()}
+                made = {name: float(x) for name, x in to_host(made).items()}
                 if skipped := number + 1 - int(state.step) - skipped_before:
                     raise RunError(
                         f"step {number + 1}: the loss or its gradient was not finite in {skipped} steps since the last "
@@ -304,14 +346,14 @@ def run(job: SFTJob) -> None:
                     "loss_tokens": made["weight"],
                     "tokens_per_s": tokens / max(seconds, 1e-9),
                 }
-                metrics.write({"kind": "train"} | numbers)
+                if metrics is not None:
+                    metrics.write({"kind": "train"} | numbers)
                 display.step(numbers)
                 start, tokens = time.monotonic(), 0
             every = config.checkpoint.every
             if last or (every and (number + 1) % every == 0):
-                host = {"config": job.record, "data": batches.get_state()}
-                job.folder.sync()  # before the checkpoint that counts on it
-                checkpoints.save(number + 1, state, host=host)
+                save(number + 1)
+        checkpoints.wait()
         out, dtype = folder / "hf", config.checkpoint.export_dtype
         source = Path(local(config.tokenizer)) if config.tokenizer else job.model_folder
         export(

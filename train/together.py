@@ -2,14 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-import rlvr_jax
-import train
 from rlvr_jax.distributed import Cluster
 from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded, GraderPool
@@ -65,15 +61,6 @@ def require_same_groups(cluster: Cluster, groups: Sequence[Group], trainer_step:
         cluster.require_same(f"the groups of trainer step {trainer_step}", _digest(groups).encode())
     except ValueError as error:
         raise RunError(str(error)) from error
-
-
-def identity(record: dict[str, Any]) -> Iterator[bytes]:
-    """What must be the same in all processes of a run before it begins: configuration, data, code."""
-    yield json.dumps(record, sort_keys=True, default=str).encode()
-    yield jax.__version__.encode()
-    for package in (rlvr_jax, train):
-        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
-            yield path.read_bytes()
 
 
 def _digest(groups: Sequence[Group]) -> str:
