@@ -114,7 +114,9 @@ def _read(folders: Sequence[Path], tables: Sequence[TokenTable], places: Sequenc
 def _note(folder: Path, found: dict[str, Any], page: PageConfig, shown: int) -> str:
     """Which models, which responses, chosen how."""
     config = read_json(folder / "config.json")
-    models = f"{config['base']} and {config['rl']}. " if {"base", "rl"} <= config.keys() else ""
+    models = ""
+    if {"base", "rl"} <= config.keys():
+        models = " and ".join(_short(config[role]) for role in ("base", "rl")) + ". "
     which = (
         "of the problems that were asked for" if page.problems else f"spread over all {found['problems']:,} problems"
     )

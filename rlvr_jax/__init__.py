@@ -17,6 +17,9 @@ from rlvr_jax.direction import (
 )
 from rlvr_jax.evaluation import avg_at_k, maj_at_k, pass_at_k
 from rlvr_jax.generation import generate, generate_selective
+from rlvr_jax.microscope.columns import TokenColumns
+from rlvr_jax.microscope.pair import score_pair
+from rlvr_jax.microscope.statistics import bootstrap, gradient_by_probability, histogram, overlap, tail_mass
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf, save_hf
 from rlvr_jax.models.qwen import Qwen
@@ -31,10 +34,11 @@ from rlvr_jax.sharding import ShardingRules, constrain, make_mesh
 from rlvr_jax.training import TrainState, make_train_step
 
 __all__ = [
-    "Generation", "Graded", "Qwen", "QwenConfig", "SelectiveGeneration", "ShardingRules", "TrainState", "aggregate",
-    "avg_at_k", "chunked_logprobs", "cispo_loss", "constrain", "dapo_answer_reward", "delta_logp", "entropy",
-    "extrapolate", "filtered_logprobs", "fires", "generate", "generate_selective", "group_advantages", "gspo_loss",
-    "importance_weights", "js_average", "js_divergence", "kl_divergence", "kl_penalty", "load_hf", "maj_at_k",
-    "make_mesh", "make_train_step", "math_verify_reward", "overlong_penalty", "pass_at_k", "policy_loss", "reweight",
-    "sample", "save_hf", "token_logprobs", "token_mask",
+    "Generation", "Graded", "Qwen", "QwenConfig", "SelectiveGeneration", "ShardingRules", "TokenColumns", "TrainState",
+    "aggregate", "avg_at_k", "bootstrap", "chunked_logprobs", "cispo_loss", "constrain", "dapo_answer_reward",
+    "delta_logp", "entropy", "extrapolate", "filtered_logprobs", "fires", "generate", "generate_selective",
+    "gradient_by_probability", "group_advantages", "gspo_loss", "histogram", "importance_weights", "js_average",
+    "js_divergence", "kl_divergence", "kl_penalty", "load_hf", "maj_at_k", "make_mesh", "make_train_step",
+    "math_verify_reward", "overlap", "overlong_penalty", "pass_at_k", "policy_loss", "reweight", "sample", "save_hf",
+    "score_pair", "tail_mass", "token_logprobs", "token_mask",
 ]  # fmt: skip

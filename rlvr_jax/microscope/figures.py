@@ -51,6 +51,12 @@ def texts(found: dict[str, Any]) -> dict[str, tuple[str, str]]:
     intervals = f"{100 * options['confidence']:g}% intervals over problems"
     threshold = _first(found["delta_logp_tails"])[0]["threshold"]
     chance = _first(found["agreement"])["jaccard_by_chance"]
+    overlap = ""
+    if "overlap" in found["histograms"]["delta_logp"]:
+        overlap = (
+            " Overlap: the mass that the histograms on base's and on rl's responses share; in brackets, that of the "
+            f"{tail} of tokens with the largest absolute values; with {intervals}."
+        )
     return {
         "steps": (
             "The direction as it grows",
@@ -60,10 +66,8 @@ def texts(found: dict[str, Any]) -> dict[str, tuple[str, str]]:
         "histograms": (
             "Magnitude and direction",
             "Share of tokens by each number, on responses of each source; logarithmic, the end bins count what lies "
-            "beyond. Overlap: the mass that the histograms on base's and on rl's responses share; in brackets, that "
-            f"of the {tail} of tokens with the largest absolute values; with {intervals}. The mean of Δlogp is at "
-            "least 0 on rl's responses and at most 0 on base's by construction (responses sampled at temperature 1 "
-            "from whole distributions), so the means show nothing.",
+            f"beyond.{overlap} The mean of Δlogp is at least 0 on rl's responses and at most 0 on base's by "
+            "construction (responses sampled at temperature 1 from whole distributions), so the means show nothing.",
         ),
         "gradient": (
             "Gradient mass by probability",
