@@ -33,7 +33,8 @@ def _mesh(fsdp: int, sequence: int, tensor: int) -> tuple[str, ...]:
 
 _STEP = ("--algorithm.mini-batch", "1", "--algorithm.micro-batches", "1")  # one micro-batch of rollout.n rows
 _ALL = "update,optimizer,score,weights,prefill,rollout"
-_8_H100 = (*_mesh(4, 1, 2), "--model.logprob-chunk", "2048")
+_ROLLOUT = "weights,prefill,rollout"
+_8_H100 = (*_mesh(4, 2, 1), "--model.logprob-chunk", "2048")
 
 # name: (program, topology, flags). "step": a whole update of one micro-batch; else one micro-batch of a larger update.
 PLANS = {
@@ -41,6 +42,8 @@ PLANS = {
     "8b-v5p-step": _train(_8B, "v5p:4x4x4", *_STEP),
     "8b-v5p-step-attention": _train(_8B, "v5p:4x4x4", *_STEP, "--model.remat", "attention"),
     "8b-8-h100-step": _train(_8B, "cuda:1x1x8", *_STEP, *_8_H100, "--rollout.n", "4"),
+    "8b-8-h100-rollout": _train(_8B, "cuda:1x1x8", *_8_H100, "--rollout.prompts-at-once", "4", only=_ROLLOUT),
+    "7b-8-h100-rollout": _train(_7B, "cuda:1x1x8", *_8_H100, "--rollout.prompts-at-once", "16", only=_ROLLOUT),
     "8b-64-h100-step": _train(_8B, "cuda:1x8x8", *_STEP, *_mesh(8, 1, 8), "--rollout.n", "8"),
     "8b-v5p": _train(_8B, "v5p:4x4x4", only=_ALL),
     "8b-16-v5p": _train(_8B, "v5p:2x2x4", *_mesh(16, 1, 1)),
@@ -49,7 +52,7 @@ PLANS = {
     "8b-256-v5p": _train(_8B, "v5p:4x8x8", *_mesh(16, 4, 4)),
     "7b-v5p": _train(_7B, "v5p:2x4x4", only=_ALL),
     "7b-8-h100": _train(_7B, "cuda:1x1x8", *_8_H100, "--algorithm.micro-batches", "64"),
-    "8b-v6e": _train(_8B, "v6e:8x8", only="update,optimizer,score,rollout"),
+    "8b-v6e": _train(_8B, "v6e:8x8", "--rollout.prompts-at-once", "8", only="update,rollout"),
     "8b-v5e": _train(_8B, "v5e:16x16", *_mesh(32, 4, 2), "--algorithm.micro-batches", "16"),
     "8b-2-slices": _train(_8B, "2*v5p:4x4x4", "--mesh.data", "2", "--algorithm.micro-batches", "16"),
     "7b-v6e": _train(_7B, "v6e:4x8"),

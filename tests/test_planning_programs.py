@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.plans import PLANS
 from rlvr_jax.planning import ideal, process, topology
 from rlvr_jax.planning.chips import CHIPS
 from rlvr_jax.planning.collectives import Collective
@@ -92,6 +93,17 @@ def test_plan_of_a_run(run, tmp_path, capsys, micro_batches):
         assert made.kinds["gradients"] == pytest.approx(made.kinds["params"], rel=0.01)
     assert made.flops == pytest.approx(made.ideal_flops, rel=0.25)  # the plain form computes the whole square
     assert made.peak == sum(made.kinds.values())
+
+
+@pytest.mark.slow  # a compilation of a minute or three
+@needs_tpu_compiler
+def test_a_step_of_the_8b_recipe_on_64_chips(tmp_path):
+    _, topology, flags = PLANS["8b-v5p-10k-step"]
+    plan.plan(plan.prepare([*flags, "--plan", topology, "--plan-json", str(tmp_path / "plan.json")]))
+    (made,) = (ProgramAccount.of(x) for x in json.loads((tmp_path / "plan.json").read_text())["programs"])
+    assert made.peak <= 3.8 * 2**30
+    assert made.fusion_s <= 0.60
+    assert made.flops <= 1.05 * made.ideal_flops
 
 
 def test_what_is_wrong_is_said_before_anything_is_compiled(run, monkeypatch):
