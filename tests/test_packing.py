@@ -49,9 +49,15 @@ def responses(count=14, longest=8):
     return [list(rng.integers(1, 48, rng.integers(1, 5))) for _ in range(count)], tokens, response
 
 
-def packed(row_length, micro_rows=2):
+def packed(row_length, micro_rows=2, several=True):
     prompts, tokens, response = responses()
-    return PackedRows.of(prompts, tokens, response, row_length=row_length, micro_rows=micro_rows)
+    return PackedRows.of(prompts, tokens, response, row_length=row_length, micro_rows=micro_rows, several=several)
+
+
+def test_one_sequence_a_row():
+    packing = pack([3, 1, 2], 4, several=False)
+    assert (packing.row_N.tolist(), packing.start_N.tolist(), packing.rows) == ([0, 1, 2], [0, 0, 0], 3)
+    assert packing.number_N.tolist() == [1, 1, 1]
 
 
 def test_what_is_spread_is_gathered():
@@ -115,11 +121,11 @@ def test_aggregation_of_packed_rows_is_that_of_rows_apart(mode):
 ALGORITHM = AlgorithmConfig(reweight=ReweightConfig("current_linear", 0.5), aggregation="seq-mean-token-mean")
 
 
-def update(row_length, micro_rows):
+def update(row_length, micro_rows, several=True):
     """One update on the same responses, in rows of `row_length`; all numbers and the gradient."""
     config = tiny_config()
     params = init_params(config, jax.random.key(0))
-    rows = packed(row_length, micro_rows)
+    rows = packed(row_length, micro_rows, several)
     apply, optimizer = model_apply(config), optax.sgd(1.0)
     score = make_scorer(apply, chunk=16)
     parts = [score(params, *part, np.float32(0.7)) for part in rows.micro_batches()]
@@ -147,8 +153,8 @@ def test_the_update_depends_neither_on_packing_nor_on_micro_batches():
     expected = update(12, 14)  # hardly anything fits together
     assert expected[0]["weight"] == 14
     assert expected[0]["clip_fraction_high"] > 0
-    for row_length, micro_rows in ((13, 1), (60, 2)):
-        metrics, gradient, logp, entropy = update(row_length, micro_rows)
+    for case in ((13, 1), (60, 2), (12, 7, False)):
+        metrics, gradient, logp, entropy = update(*case)
         for name, value in expected[0].items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected[1]), strict=True):

@@ -19,7 +19,7 @@ class ModelConfig:
     attention gave, or layer inputs only."""
     attention: Literal["auto", "plain", "chunked", "splash", "cudnn"] = "auto"
     """How the training forward computes attention. auto: splash on TPU; elsewhere plain up to 1,024 tokens a row, then
-    chunked. cudnn takes rows that are not packed."""
+    chunked. cudnn (NVIDIA GPUs, bfloat16) needs algorithm.packing off."""
     logprob_chunk: int = 1024
     """Tokens whose logits exist at one time, over all devices: about 1,024 a device."""
 
@@ -146,6 +146,8 @@ class AlgorithmConfig:
     stays 1, however short they are)."""
     row_length: int | None = None
     """Tokens of a row into which responses are packed with their prompts; None: the longest prompt + max_response."""
+    packing: bool = True
+    """Several responses in a row; off: one a row, padding behind it, which changes nothing but what is computed."""
 
     @property
     def needs_reference(self) -> bool:
@@ -256,6 +258,6 @@ MAY_CHANGE = (
     *("run_dir", "compile_cache", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "distributed", "data.val"),
     *("model.remat", "model.attention", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk"),
     "rollout.tensor",
-    *("algorithm.micro_batches", "algorithm.row_length"),
+    *("algorithm.micro_batches", "algorithm.row_length", "algorithm.packing"),
     *("reward.workers", "reward.timeout_s", "reward.memory_mb"),
 )

@@ -36,12 +36,13 @@ class PackedRows:
         *,
         row_length: int,
         micro_rows: int,
+        several: bool = True,
     ) -> "PackedRows":
-        """Packs N responses behind their prompts (one a response) into rows of `row_length` tokens."""
+        """Packs N responses behind their prompts (one a response) into rows of `row_length` tokens, `several` a row."""
         response_NR = response_NR > 0
         prompt_N = np.array([len(prompt) for prompt in prompts], np.int64)
         response_N = response_NR.sum(axis=1)
-        packing = pack(prompt_N + response_N, row_length)
+        packing = pack(prompt_N + response_N, row_length, several=several)
         shape = (-(-packing.rows // micro_rows) * micro_rows, row_length)
         at = places(packing, prompt_N, response_N)
         prompt_at = places(packing, np.zeros_like(prompt_N), prompt_N)

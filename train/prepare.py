@@ -162,6 +162,8 @@ def value_faults(config: Config) -> Iterator[str]:
     for name, value in {"model.path": config.model.path, "data.train": config.data.train}.items():
         if not value:
             yield f"{name} is empty: expected a path"
+    if config.model.attention == "cudnn" and algorithm.packing:
+        yield "model.attention=cudnn takes one response a row: expected --algorithm.no-packing with it"
     counts = {
         "rollout.n": rollout.n,
         "rollout.generation_batch": rollout.generation_batch,

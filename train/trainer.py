@@ -258,6 +258,7 @@ class Trainer:
                     rows.response_NR[part],
                     row_length=self._row_length,
                     micro_rows=self._mini_rows // self._config.algorithm.micro_batches,
+                    several=self._config.algorithm.packing,
                 )
             )
         return made

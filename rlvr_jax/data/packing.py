@@ -27,10 +27,10 @@ class Packing(NamedTuple):
     capacity: int
 
 
-def pack(lengths_N: Sequence[int] | Int[np.ndarray, " N"], capacity: int) -> Packing:
+def pack(lengths_N: Sequence[int] | Int[np.ndarray, " N"], capacity: int, *, several: bool = True) -> Packing:
     """Best-fit decreasing: the longest first, each into the fullest row that still has room. Deterministic.
 
-    At most 11/9 of the fewest rows possible, and one more (Johnson 1974).
+    At most 11/9 of the fewest rows possible, and one more (Johnson 1974). `several=False`: one a row, in order.
 
     Raises:
       ValueError: a length below 1 or above `capacity`.
@@ -40,6 +40,9 @@ def pack(lengths_N: Sequence[int] | Int[np.ndarray, " N"], capacity: int) -> Pac
         raise ValueError(
             f"sequences of {lengths_N.min()} to {lengths_N.max()} tokens: expected 1 to the {capacity} tokens of a row"
         )
+    if not several:
+        rows_N = np.arange(lengths_N.size)
+        return Packing(rows_N, np.zeros_like(rows_N), np.ones_like(rows_N), lengths_N.size, capacity)
     row_N, start_N, number_N = (np.zeros(lengths_N.size, np.int64) for _ in range(3))
     room: list[tuple[int, int]] = []  # (tokens left, row), ascending
     filled: list[int] = []  # sequences a row

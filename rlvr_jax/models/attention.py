@@ -3,7 +3,7 @@
     plain    scores of all pairs at once, [B, N, T, T]: short rows, and what the others are compared with
     chunked  blocks of queries against blocks of keys in XLA alone; nothing of size T x T, forward or backward
     splash   the Pallas kernels of jax for TPU (interpreted elsewhere, which is slow)
-    cudnn    cuDNN's fused kernels, on NVIDIA GPUs in 16 bit
+    cudnn    cuDNN's fused kernels, on NVIDIA GPUs in 16 bit, for rows of one sequence with padding behind it
 
 On a mesh each device computes whole rows for some of the heads: the axes "tensor" and "sequence" split heads here, so a
 sequence that is spread over devices is exchanged for heads and back (arXiv 2309.14509).
@@ -30,6 +30,7 @@ from rlvr_jax.typing import Array, Float
 
 SAVED = "attention"  # name of what the remat policy of that name keeps
 _BLOCK = 512  # queries, and keys, of one block of the chunked form
+_FUSED = "cudnn"  # of `jax.nn.dot_product_attention`
 _LANES = 128
 _PLAIN_TOKENS = 1024  # up to here all scores at once are fast and small
 _MASKED = -1e30
@@ -208,9 +209,21 @@ def _splash_kernel(length: int, num_heads: int, interpret: bool) -> Any:
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """Rows of one sequence each from their first token, padding behind it: what `segments` says beyond is not seen."""
+    lengths_B = None
+    if segments is not None:  # a row of padding alone sees its first token, so that nothing is divided by 0
+        lengths_B = jnp.maximum(jnp.sum(segments != 0, axis=1, dtype=jnp.int32), 1)
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        query_seq_lengths=lengths_B,
+        key_value_seq_lengths=lengths_B,
+        is_causal=True,
+        implementation=_FUSED,  # pyright: ignore[reportArgumentType]
+    )
     if segments is not None:
-        raise ValueError("attention='cudnn' takes rows of one sequence without padding: expected 'chunked' or 'auto'")
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        out = jnp.where(segments[..., None, None] != 0, out, 0)
     return checkpoint_name(out, SAVED)
 
 
