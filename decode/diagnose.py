@@ -127,15 +127,13 @@ def run(job: Job | PageCommand) -> None:
             raise
         raise RunError(
             f"out of device memory with batch_tokens = {job.config.batch_tokens} and chunk = {job.config.chunk}; "
-            "give fewer of them, --cache-dtype int8, or more devices"
+            "give fewer of them, more devices, or --cache-dtype int8 with another --out"
         ) from error
 
 
 def _run(job: Job) -> None:
     config, out = job.config, job.out
     remove_leftovers(out)
-    write_json(out / "config.json", _plain(config))
-    write_json(out / "inputs.json", job.inputs)
     given = job.given
     if job.decode is not None:
         decoding.run(job.decode)
@@ -143,8 +141,20 @@ def _run(job: Job) -> None:
     assert given is not None
     if not (out / files.TOKENS).is_file():
         _score(job, given)
+    _claim(job)  # what may change in a finished one
+    if not (out / files.VOCABULARY).is_file():
         files.write_vocabulary(out, lambda token: decode_ids(job.tokenizer, [token]))
+    for path in _parts(out / "parts"):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        (out / "parts").rmdir()
     draw_results(out, config.findings, config.page)
+
+
+def _claim(job: Job) -> None:
+    """From here on the folder is this diagnosis's."""
+    write_json(job.out / "config.json", _plain(job.config))
+    write_json(job.out / "inputs.json", job.inputs)
 
 
 def _decode_config(config: DiagnoseConfig, out: Path) -> DecodeConfig:
@@ -190,7 +200,6 @@ def _score(job: Job, given: list[Given]) -> None:
     """Writes responses.parquet and tokens.parquet; what parts of a killed run have is not scored again."""
     config, parts = job.config, job.out / "parts"
     remove_leftovers(parts)
-    files.write_responses(job.out, [_row(job.tokenizer, one) for one in given])
     stretches = list(_stretches(given))
     done = {key for path in _parts(parts) for key in _keys(path)}
     missing = [[one for one in stretch if one.tokens and one.key not in done] for stretch in stretches]
@@ -201,6 +210,7 @@ def _score(job: Job, given: list[Given]) -> None:
                 load(role, folder, str(config.dtype), config.cache_dtype, job.mesh)
                 for role, folder in job.folders.items()
             ]
+            _claim(job)  # after the models: one that cannot be read claims no folder
             progress.stage("scoring with both models")
             tokens = 0
             for number, stretch in enumerate(missing):
@@ -210,11 +220,8 @@ def _score(job: Job, given: list[Given]) -> None:
                     for _ in part:
                         progress.response()
                     progress.drawn(0, tokens)
+        files.write_responses(job.out, [_row(job.tokenizer, one) for one in given])
         files.write_tokens(job.out / files.TOKENS, _assembled(parts, stretches))
-        for path in _parts(parts):
-            path.unlink()
-        with contextlib.suppress(OSError):
-            parts.rmdir()
 
 
 def _row(tokenizer: Tokenizer, one: Given) -> Response:

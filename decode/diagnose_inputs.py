@@ -153,6 +153,10 @@ def _published(path: Path, content: list[Any]) -> Iterator[_Read]:
             if not isinstance(entry.get(key), kind):
                 raise ValueError(f"{where}: {key} = {entry.get(key)!r:.100}: expected a {kind.__name__}")
         texts, right = entry["generated_texts"], entry.get("accs") or [None] * len(entry["generated_texts"])
+        if not isinstance(right, list):
+            raise ValueError(f"{where}: accs = {right!r:.100}: expected a list")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where}: generated_texts has something that is not a text")
         if len(right) != len(texts):
             raise ValueError(f"{where}: {len(right)} accs and {len(texts)} generated_texts: expected as many")
         problem = place if indices is None else indices[place]
@@ -160,7 +164,7 @@ def _published(path: Path, content: list[Any]) -> Iterator[_Read]:
             yield _Read(
                 where=f"{where}, response {sample}",
                 prompt=entry["prompt"],
-                response=str(text),
+                response=text,
                 tokens=tokens.get((problem, sample)),
                 answer=None if entry.get("gt") is None else str(entry["gt"]),
                 correct=None if correct is None else bool(correct),

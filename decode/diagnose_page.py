@@ -31,6 +31,9 @@ def draw_results(folder: Path, settings: FindingsConfig, page: PageConfig) -> No
       ValueError: no such files there; a problem for the page that is not there.
     """
     folders = [folder] if (folder / files.TOKENS).is_file() else sorted(folder.glob("step_*"))
+    folders = [
+        one for one in folders if (one / files.RESPONSES).is_file()
+    ]  # which comes last: the others are half there
     if not folders:
         raise ValueError(f"{folder}: no {files.TOKENS} and no step_* folders; expected a finished diagnosis")
     tables = [files.read_tokens(one) for one in folders]

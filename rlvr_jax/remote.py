@@ -6,6 +6,7 @@ machine while the others wait, and made again when the file at the URL is anothe
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -158,9 +159,13 @@ def _modified(info: Mapping[str, Any]) -> float | None:
 
 
 def _place(url: str, root: str) -> Path:
-    """Of a URL, the path of its copy in a folder of copies."""
-    parts = [re.sub(r"[^\w.=+@-]", "_", part) for part in root.split("/") if part not in ("", ".", "..")]
-    return Path(url.partition("://")[0].lower(), *parts)
+    """Of a URL, the path of its copy in a folder of copies: its own, where characters had to be replaced too."""
+    parts = [part for part in root.split("/") if part not in ("", ".", "..")]
+    named = [re.sub(r"[^\w.=+@-]", "_", part) for part in parts]
+    scheme = url.partition("://")[0].lower()
+    if named == parts:
+        return Path(scheme, *named)
+    return Path(f"{scheme}-{hashlib.sha256('/'.join(parts).encode()).hexdigest()[:12]}", *named)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -117,7 +117,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             self._thread.join()
         try:
             self.sync()
-        except OSError as failed:
+        except Exception as failed:
             if error is None:
                 raise
             log.warning("%s", failed)
@@ -132,7 +132,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             try:
                 self.sync()
                 said = False
-            except OSError as error:
+            except Exception as error:  # whatever a client raises: the next copy may succeed
                 if not said:
                     log.warning("%s; tried again every %.0f s", error, self._every_s)
                 said = True

@@ -11,6 +11,7 @@ from rlvr_jax.microscope.statistics import (
     histogram,
     jaccard,
     overlap,
+    overlap_if_alike,
     select_share,
     sum_by_group,
     tail_mass,
@@ -68,8 +69,24 @@ def test_an_interval_of_many_numbers():
     assert one == (found.value[1, 2], found.low[1, 2], found.high[1, 2])
 
 
-def test_one_problem_has_no_spread():
-    assert bootstrap(np.divide, [3.0], [4.0]) == (0.75, 0.75, 0.75)
+def test_one_problem_says_nothing_of_others():
+    value, *ends = bootstrap(np.divide, [3.0], [4.0])
+    assert value == 0.75
+    assert np.isnan(ends).all()
+
+
+def test_overlap_of_few_tokens_is_read_beside_that_of_alike_ones():
+    rng = np.random.default_rng(0)
+    a_PK, b_PK = rng.multinomial(20, np.full(30, 1 / 30), size=(2, 40))
+    plain = overlap(a_PK.sum(0), b_PK.sum(0))
+    assert plain < 0.95  # though both are drawn from one distribution
+    alike = overlap_if_alike(a_PK, b_PK)
+    assert alike.low <= plain <= alike.high
+    far_PK = np.zeros_like(b_PK)
+    far_PK[:, 0] = 20
+    alike = overlap_if_alike(a_PK, far_PK)
+    assert overlap(a_PK.sum(0), far_PK.sum(0)) < 0.1 < alike.low
+    assert np.isnan(overlap_if_alike(np.zeros((3, 4)), b_PK[:3, :4]).value)
 
 
 def test_a_resample_without_the_tokens_is_left_out():

@@ -1,8 +1,9 @@
 """The microscope on a training run: every token of some rollouts under the initial policy and under the current one.
 
 Every `log.microscope_every` trainer steps, `run_dir/microscope/step_000120/` gets the files of a diagnosis
-(`python -m decode diagnose`): the step's responses as the policy of that moment, the one that drew them, sees them,
-before the step's updates. `python -m decode diagnose page run_dir/microscope` shows how the direction grows.
+(`python -m decode diagnose`): the step's responses as the policy of that moment sees them, before the step's updates.
+It is the one that drew them, but for groups that were carried over and with `rollout.one_step_off`.
+`python -m decode diagnose page run_dir/microscope` shows how the direction grows.
 """
 
 from collections.abc import Sequence

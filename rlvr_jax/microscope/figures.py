@@ -55,7 +55,8 @@ def texts(found: dict[str, Any]) -> dict[str, tuple[str, str]]:
     if "overlap" in found["histograms"]["delta_logp"]:
         overlap = (
             " Overlap: the mass that the histograms on base's and on rl's responses share; in brackets, that of the "
-            f"{tail} of tokens with the largest absolute values; with {intervals}."
+            f"{tail} of tokens with the largest absolute values; with {intervals}. If alike: what so many tokens would "
+            "share if it did not matter which model wrote them (problems swapped at random)."
         )
     return {
         "steps": (
@@ -144,7 +145,9 @@ def _numbers(values: list[float | None]) -> np.ndarray:
 def _said(interval: dict[str, float | None], digits: int = 2) -> str:
     if interval["value"] is None:
         return "–"
-    low, high = (np.nan if interval[key] is None else interval[key] for key in ("low", "high"))
+    low, high = interval["low"], interval["high"]
+    if low is None or high is None:  # of one problem
+        return f"{interval['value']:.{digits}f}"
     return f"{interval['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
@@ -167,9 +170,11 @@ def _histograms(found: dict[str, Any]) -> Canvas:
         if name == "delta_logp":
             axes.axvline(0, color=NEUTRAL, linewidth=0.8)
         if "overlap" in one:
-            tail = one["overlap_tail"]["value"]
-            said = f"overlap {_said(one['overlap'])}" + ("" if tail is None else f"\n({_said(one['overlap_tail'])})")
-            axes.set_title(said, color=NEUTRAL)
+            lines = []
+            for key in ("overlap", "overlap_tail"):
+                alike = one[f"{key}_if_alike"]["value"]
+                lines.append(_said(one[key]) + ("" if alike is None else f", if alike {alike:.2f}"))
+            axes.set_title(f"overlap {lines[0]}\n({lines[1]})", color=NEUTRAL)
     for axes in grid[:, 0]:
         axes.set_ylabel("share of tokens")
     _legend(canvas, grid[0, 0], "responses of")

@@ -94,8 +94,10 @@ class _Data:
         numbers, problem_R = np.unique([r.problem for r in table.responses], return_inverse=True)
         self.problems = len(numbers)
         self.problem = problem_R[self.response]
-        self.sources = sorted({r.source for r in table.responses}, key=_source_order)
-        self.source = np.array([self.sources.index(r.source) for r in table.responses])[self.response]
+        there = {table.responses[i].source for i in np.unique(self.response)}  # with a token to look at
+        self.sources = sorted(there, key=_source_order)
+        places = {name: i for i, name in enumerate(self.sources)}
+        self.source = np.array([places.get(r.source, -1) for r in table.responses])[self.response]
         self.lengths = np.array([r.length for r in table.responses])
 
     def interval(self, statistic: Callable[..., np.ndarray | float], *sums: np.ndarray) -> Interval:
@@ -173,9 +175,15 @@ def _histograms(data: _Data, name: str) -> dict[str, Any]:
     out["tail_share"] = {source: data.share(tail, data.source == i) for i, source in enumerate(data.sources)}
     if {"base", "rl"} <= set(data.sources):
         pair = [data.sources.index("base"), data.sources.index("rl")]
-        out["overlap"] = plain(data.interval(statistics.overlap, *(by_source[i] for i in pair)))
         tails = [data.counts(name, edges, tail & (data.source == i)) for i in pair]
-        out["overlap_tail"] = plain(data.interval(statistics.overlap, *tails))
+        for key, counts in (("overlap", [by_source[i] for i in pair]), ("overlap_tail", tails)):
+            value, low, high = data.interval(statistics.overlap, *counts)
+            # A resample has fewer different tokens, so it overlaps less: the interval lies on the other side.
+            ends = np.clip([2 * value - high, 2 * value - low], 0, 1)
+            out[key] = plain(Interval(value, *ends))
+            out[f"{key}_if_alike"] = plain(
+                statistics.overlap_if_alike(*counts, confidence=data.options.confidence, seed=data.options.seed)
+            )
     return out
 
 

@@ -57,6 +57,26 @@ def overlap(counts_a: ArrayLike, counts_b: ArrayLike) -> np.ndarray | float:
         return np.minimum(a / a.sum(-1, keepdims=True), b / b.sum(-1, keepdims=True)).sum(-1)
 
 
+def overlap_if_alike(
+    counts_a: ArrayLike, counts_b: ArrayLike, *, confidence: float = 0.95, draws: int = 500, seed: int = 0
+) -> Interval:
+    """Mean and central range of the `overlap` of these tokens if it did not matter which of the two they are from.
+
+    Few tokens over many bins overlap by less than 1 even then, so an overlap has to be read beside this. Each draw
+    swaps a and b in a random half of the problems.
+
+    Args:
+      counts_a, counts_b: `[P, bins]`, a problem's counts.
+    """
+    a_PK, b_PK = np.asarray(counts_a, float), np.asarray(counts_b, float)
+    swapped_RP = np.random.default_rng(seed).integers(0, 2, (draws, len(a_PK))).astype(float)
+    drawn = overlap(swapped_RP @ a_PK + (1 - swapped_RP) @ b_PK, swapped_RP @ b_PK + (1 - swapped_RP) @ a_PK)
+    kept = np.asarray(drawn)[~np.isnan(drawn)]
+    if not (kept.size and a_PK.any() and b_PK.any()):
+        return Interval(np.nan, np.nan, np.nan)
+    return Interval(np.mean(kept), *np.quantile(kept, [(1 - confidence) / 2, (1 + confidence) / 2]))
+
+
 def tail_mass(values: ArrayLike, threshold: float, *, side: str = "above") -> float:
     """Share of the values at or beyond a threshold: "above" counts value >= threshold, "below" value <= threshold."""
     if side not in ("above", "below"):
@@ -70,7 +90,7 @@ def tail_mass(values: ArrayLike, threshold: float, *, side: str = "above") -> fl
 def sum_by_group(values: ArrayLike, groups: ArrayLike, count: int) -> np.ndarray:
     """[count, ...]: the sum of `values` [N, ...] in each group, an integer from 0 to count - 1."""
     values_N, group_N = np.asarray(values, float), np.asarray(groups, int)
-    flat = values_N.reshape(len(values_N), -1)
+    flat = values_N.reshape(len(values_N), int(np.prod(values_N.shape[1:])))
     sums = [np.bincount(group_N, column, minlength=count) for column in flat.T]
     return np.stack(sums, axis=1).reshape(count, *values_N.shape[1:])
 
@@ -90,6 +110,9 @@ def bootstrap(
       sums: `[P, ...]`, a problem's share of each sum. A resample draws P problems, the same for all of them.
       confidence: of the interval.
       resamples: how many; the numbers depend on `seed` alone.
+
+    Returns:
+      The estimate and its interval; of a single problem, which says nothing of others, the ends are NaN.
     """
     arrays = [np.asarray(x, float) for x in sums]
     counts = {len(x) for x in arrays}
@@ -112,7 +135,7 @@ def bootstrap(
     low, high = np.full(value.shape, np.nan), np.full(value.shape, np.nan)
     for at in np.ndindex(value.shape):
         kept = resampled[(slice(None), *at)][finite[(slice(None), *at)]]
-        if kept.size:
+        if kept.size and count > 1:
             low[at], high[at] = np.quantile(kept, quantiles)
     return Interval(value, low, high)
 
