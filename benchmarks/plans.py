@@ -44,7 +44,7 @@ PLANS = {
     "8b-8-h100-step": _train(_8B, "cuda:1x1x8", *_STEP, *_8_H100, "--rollout.n", "4"),
     "8b-8-h100-rollout": _train(_8B, "cuda:1x1x8", *_8_H100, "--rollout.prompts-at-once", "4", only=_ROLLOUT),
     "7b-8-h100-rollout": _train(_7B, "cuda:1x1x8", *_8_H100, "--rollout.prompts-at-once", "16", only=_ROLLOUT),
-    "8b-64-h100-step": _train(_8B, "cuda:1x8x8", *_STEP, *_mesh(8, 1, 8), "--rollout.n", "8"),
+    "8b-64-h100-step": _train(_8B, "cuda:1x8x8", *_STEP, *_mesh(8, 4, 2), "--rollout.n", "8"),
     "8b-v5p": _train(_8B, "v5p:4x4x4", only=_ALL),
     "8b-16-v5p": _train(_8B, "v5p:2x2x4", *_mesh(16, 1, 1)),
     "8b-32-v5p": _train(_8B, "v5p:2x4x4", *_mesh(16, 1, 2)),
