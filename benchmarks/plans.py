@@ -105,7 +105,8 @@ def main() -> int:
     for name in PLANS:
         if (options.out / f"{name}.json").is_file():
             table += line(name, json.loads((options.out / f"{name}.json").read_text()))
-    text = "Compiler's account and estimates: nothing was run (`make plans`).\n\n" + "\n".join(table) + "\n"
+    said = "Compiler's account and estimates: nothing was run (`make plans`). What slices send one another is not seen"
+    text = f"{said} (`8b-2-slices`).\n\n" + "\n".join(table) + "\n"
     (options.out / "README.md").write_text(text)
     print(text)
     if failed:
