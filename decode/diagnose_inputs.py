@@ -1,7 +1,6 @@
 """Responses to be diagnosed, from files that decoding runs or others left; all of it checked, none of it scored."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from decode.results import read_json
-from rlvr_jax.data.rows import read_rows
+from rlvr_jax.data.rows import parse_json, read_rows
 from rlvr_jax.data.text import Tokenizer, encode_text, render_chat
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.remote import local
@@ -127,7 +126,7 @@ def _read_file(path: Path, tokenizer: Tokenizer) -> Iterator[_Read]:
         raise ValueError(f"responses: {path}: no such file")
     if path.suffix == ".json":
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_bytes(), path)
         except ValueError:  # then it may be lines
             content = None
         if isinstance(content, list):

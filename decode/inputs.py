@@ -9,6 +9,7 @@ from pathlib import Path
 
 from decode.config import DecodeConfig
 from rlvr_jax.data.problems import Problem
+from rlvr_jax.data.shards import data_files
 from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.data.tasks import is_tasks
 from rlvr_jax.data.text import Tokenizer, encode_text, load_tokenizer, render_chat, stop_token_ids
@@ -184,7 +185,8 @@ def _stop_tokens(
 
 def _hash_problems(source: str, problems: list[Problem]) -> str:
     if not is_tasks(source):
-        return _hash_file(Path(local(source)))
+        hashes = [_hash_file(file) for file in data_files(source)]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
     return hashlib.sha256(repr([(x.messages, x.answer) for x in problems]).encode(errors="surrogatepass")).hexdigest()
 
 

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from decode.config import DecodeConfig
 from decode.inputs import Inputs
-from rlvr_jax.files import atomic_path, write_json
+from rlvr_jax.data.rows import parse_json
+from rlvr_jax.files import atomic_path, json_bytes, write_json
 
 # A later run in the same folder may differ in these; a setting may join or leave, but not change under its name.
 FREE_TO_CHANGE = (
@@ -103,7 +104,7 @@ class JsonLines:
         """Adds lines; on return they are on disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
-            file.write(b"".join((json.dumps(record, ensure_ascii=False) + "\n").encode() for record in records))
+            file.write(b"".join(map(json_bytes, records)))
             file.flush()
             os.fsync(file.fileno())
 
@@ -281,9 +282,6 @@ def _plain(config: DecodeConfig) -> dict[str, Any]:
     return values
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty where there is no file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, an empty object where there is no file. Raises ValueError naming the file."""
+    return parse_json(path.read_bytes(), path) if path.exists() else {}

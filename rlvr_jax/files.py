@@ -29,7 +29,25 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
         path.unlink(missing_ok=True)
 
 
+def valid_text(text: str) -> str:
+    """`text` with `?` for every lone surrogate, which no UTF-8 file can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def json_bytes(value: Any, *, indent: int | None = None, allow_nan: bool = True) -> bytes:
+    """`value` as JSON in UTF-8 and a line break: how every text of a run is written.
+
+    A lone surrogate, which UTF-8 cannot hold, becomes its escape, so that `json.loads` gives the same text again.
+
+    Raises:
+      ValueError: without `allow_nan`, a number that is not finite, which JSON has no word for.
+      TypeError: a value of a type that JSON does not have.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=allow_nan) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # whose escapes are those of JSON
+
+
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 1) -> None:
     """Writes `value` as JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(json_bytes(value, indent=indent))

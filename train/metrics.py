@@ -5,15 +5,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from rlvr_jax.files import atomic_path
+from rlvr_jax.files import atomic_path, json_bytes
 from train.trackers import Tracker
 
 
@@ -43,7 +43,7 @@ class MetricLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._last: dict[str, int] = {}
         self._keep_lines(-1 if after_step is None else after_step)
-        self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._file: BinaryIO = open(self.path, "ab")  # noqa: SIM115 (open for the whole run)
         self._events = EventFileWriter(str(Path(run_dir) / "tensorboard")) if tensorboard else None
         if self._events is not None and after_step is not None:
             start = SessionLog(status=SessionLog.START)
@@ -53,7 +53,7 @@ class MetricLog:
         """Appends one record; numbers that are not finite are written as null (JSON has no word for them)."""
         clean = {name: plain(value) for name, value in record.items()}
         self._last[record["kind"]] = record["trainer_steps"]
-        self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.write(json_bytes(clean, allow_nan=False))
         self._file.flush()
         numbers = {
             f"{record['kind']}/{name}": value
@@ -102,8 +102,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows as JSON, one a line, atomically."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Rows as JSON, one per line, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(map(json_bytes, rows))

@@ -3,19 +3,24 @@
 import collections
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from rlvr_jax.data.rows import read_rows, write_rows
-from rlvr_jax.data.text import check_messages
-from rlvr_jax.remote import local
+import numpy as np
+
+from rlvr_jax.data.rows import brief, read_rows, write_rows
+from rlvr_jax.data.shards import Source, data_files, names
+from rlvr_jax.data.text import ROLES, check_messages
 from rlvr_jax.rewards.rules import last_boxed
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ("prompt", "reward_model", "data_source", "extra_info")
-_PLAIN_COLUMNS = ("problem", "question", "answer", "solution", "id", "index", "unique_id")
+_PROMPTS = ("prompt", "problem", "question", "messages")
+_COLUMNS = ("prompt", "messages", "reward_model", "data_source", "extra_info")
+_PLAIN_COLUMNS = ("problem", "question", "answer", "ground_truth", "solution", "id", "index", "unique_id")
 _SPELLINGS = tuple(form(name) for name in _PLAIN_COLUMNS for form in (str, str.capitalize, str.upper))
 
 
@@ -41,15 +46,21 @@ class Problem:
 
 
 def read_problems(
-    path: str | Path, *, prompt_suffix: str = "", deduplicate: Literal["none", "by_id"] = "none"
+    path: Source,
+    *,
+    prompt_suffix: str = "",
+    deduplicate: Literal["none", "by_id"] = "none",
+    prompt_column: str = "",
+    answer_column: str = "",
 ) -> list[Problem]:
-    r"""Reads a .parquet or .jsonl file of problems.
+    r"""Reads .parquet or .jsonl files of problems.
 
     Columns, as in DAPO-Math-17k and AIME-2024 of BytedTsinghua-SIA: `prompt` (chat messages, or one text for a user
-    turn), `reward_model.ground_truth`, `data_source`, `extra_info.index`. Instead of them `problem` or `question` (a
-    text), `answer` (a text or number) or else `solution` (its last `\boxed{...}` is the answer), `id`, `index` or
-    `unique_id`; these may be capitalised or in capitals. That covers, as they are published: AIME24 of HuggingFaceH4,
-    Maxwell-Jia and math-ai, AIME25 of math-ai and opencompass, AMC23 of math-ai, MATH-500 of HuggingFaceH4.
+    turn), `reward_model.ground_truth`, `data_source`, `extra_info.index`. Instead of them `problem`, `question` or
+    `messages`, `answer` or `ground_truth` (a text or number) or else `solution` (its last `\boxed{...}` is the answer),
+    `id`, `index` or `unique_id`; these may be capitalised or in capitals. That covers, as they are published: AIME24 of
+    HuggingFaceH4, Maxwell-Jia and math-ai, AIME25 of math-ai and opencompass, AMC23 of math-ai, MATH-500 of
+    HuggingFaceH4. Numbers become plain decimals, 27.0 the text 27 and 1e-7 the text 0.0000001.
 
     Published files repeat rows: AIME problems 32 times, DAPO's about 100 times. What makes two rows the same problem is
     their id, never their text alone. The id is the first of these under which all rows of one id have the same
@@ -64,31 +75,39 @@ def read_problems(
     data without repeats in a batch (but where one epoch ends and the next begins).
 
     Args:
-        path: the file; one at a URL is copied to this machine (`rlvr_jax.remote`).
+        path: the file, or several files, a folder of them, a pattern, a URL (`rlvr_jax.data.shards`). The rows of all
+            are one list.
         prompt_suffix: if given, the last user turn becomes its stripped text plus this.
         deduplicate: "none" keeps every row; "by_id" keeps the first row of every id. Both count the rows in `repeats`.
+        prompt_column: where the prompt stands, instead of the names above; `a.b` is b inside of a.
+        answer_column: the same for the answer.
 
     Raises:
-        ValueError: a missing, empty or unreadable file; a missing or unusable key, naming file, row and key; "by_id"
-            where indices do not identify the problems.
+        ValueError: a missing, empty or unreadable file; a missing or unusable key, naming file, row and key (an answer
+            that is NaN or infinite, a blank prompt, a role not in `rlvr_jax.data.text.ROLES`); "by_id" where indices
+            do not identify the problems.
     """
     if deduplicate not in ("none", "by_id"):
         raise ValueError(f"deduplicate = {deduplicate!r}: expected 'none' or 'by_id'")
-    path = Path(local(str(path)))
+    files, columns = data_files(path), (prompt_column, answer_column)
+    given = (name for column in filter(None, columns) for name in (column, column.partition(".")[0]))
+    wanted = (*_COLUMNS, *_SPELLINGS, *given)
     # A file may hold 1.8 million rows of 17 thousand problems, so equal content is kept once.
     numbers: dict[Any, int] = {}
     contents: list[tuple[tuple[dict[str, str], ...], str]] = []
     rows: list[tuple[str | None, str, int]] = []
-    for number, read in read_rows(path, _COLUMNS + _SPELLINGS):
-        row = {key.lower(): value for key, value in read.items()} | {k: v for k, v in read.items() if k.islower()}
-        where = f"{path} row {number}"
-        messages, answer = _messages(row, where, prompt_suffix), _answer(row, where)
-        content = tuple((message["role"], message["content"]) for message in messages), answer
-        if content not in numbers:
-            numbers[content] = len(contents)
-            contents.append((messages, answer))
-        rows.append((_row_id(row, where), _data_source(row, path), numbers[content]))
+    for file in files:
+        for number, read in read_rows(file, wanted):
+            row = {key.lower(): value for key, value in read.items()} | dict(read)
+            where = f"{file} row {number}"
+            messages, answer = _messages(row, where, prompt_suffix, prompt_column), _answer(row, where, answer_column)
+            content = tuple((message["role"], message["content"]) for message in messages), answer
+            if content not in numbers:
+                numbers[content] = len(contents)
+                contents.append((messages, answer))
+            rows.append((_row_id(row, where), _data_source(row, file), numbers[content]))
 
+    path = names(path)
     ids, identified = _identities(rows, path)
     if deduplicate == "by_id" and not identified:
         raise ValueError(
@@ -153,55 +172,100 @@ def _published(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _messages(row, where, suffix) -> tuple[dict[str, str], ...]:
-    key = next((key for key in ("prompt", "problem", "question") if row.get(key) is not None), None)
+def _messages(row, where, suffix, column="") -> tuple[dict[str, str], ...]:
+    key = column or next((key for key in _PROMPTS if row.get(key) is not None), None)
     if key is None:
         raise ValueError(f"{where}: no 'prompt', 'problem' or 'question'")
-    value = row[key]
+    value = _at(row, column, where) if column else row[key]
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    check_messages(messages, f"{where}: {key!r}")
+    check_messages(messages, f"{where}: {key!r}", roles=ROLES)
     messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+    users = [message for message in messages if message["role"] == "user"]
+    if not all(message["content"].strip() for message in users or messages):
+        raise ValueError(f"{where}: {key!r} is blank: expected a text")
+    if key == "messages" and messages[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{where}: 'messages' ends with the assistant's turn: expected a prompt that is to be answered"
+        )
     if suffix:
-        users = [message for message in messages if message["role"] == "user"]
         if not users:
             raise ValueError(f"{where}: {key!r} has no user turn for prompt_suffix = {suffix!r}")
         users[-1]["content"] = users[-1]["content"].strip() + suffix
     return tuple(messages)
 
 
-def _answer(row, where) -> str:
+def _answer(row, where, column="") -> str:
+    if column:
+        return _answer_text(_at(row, column, where), where, column)
     reward = row.get("reward_model")
     if reward is not None and not isinstance(reward, Mapping):
-        raise ValueError(f"{where}: 'reward_model' = {reward!r:.100}: expected an object with 'ground_truth'")
-    key, value = "reward_model.ground_truth", (reward or {}).get("ground_truth")
-    if value is None:
-        key, value = "answer", row.get("answer")
-    if value is None and isinstance(row.get("solution"), str):
-        key, (value, _) = "solution", last_boxed(row["solution"])
-        if value is None:
-            raise ValueError(f"{where}: no 'answer', and 'solution' does not end in a \\boxed{{...}}")
-    if value is None:
+        raise ValueError(f"{where}: 'reward_model' = {brief(reward)}: expected an object with 'ground_truth'")
+    found = {
+        "reward_model.ground_truth": (reward or {}).get("ground_truth"),
+        "answer": row.get("answer"),
+        "ground_truth": row.get("ground_truth"),
+    }
+    key = next((key for key, value in found.items() if value is not None), None)
+    if key is not None:
+        return _answer_text(found[key], where, key)
+    if not isinstance(row.get("solution"), str):
         raise ValueError(f"{where}: no 'reward_model.ground_truth', 'answer' or 'solution'")
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        raise ValueError(f"{where}: {key!r} = {value!r:.100}: expected a text or a number")
-    # Answers that a published file stores as floats (27.0) are the integers that graders compare as text.
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    boxed, _ = last_boxed(row["solution"])
+    if boxed is None:
+        raise ValueError(f"{where}: no 'answer', and 'solution' does not end in a \\boxed{{...}}")
+    return _answer_text(boxed, where, "solution")
+
+
+def _at(row, column, where) -> Any:
+    """The value of a column that was asked for by name; `a.b` is b inside of a."""
+    value = row.get(column)
+    if value is None:
+        value = row
+        for part in column.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+    if value is None:
+        raise ValueError(f"{where}: no {column!r}, which was given as a column")
+    return value
+
+
+def _answer_text(value, where, key) -> str:
+    text = value if isinstance(value, str) else _number_text(value)
+    if text is None or not text.strip():
+        raise ValueError(f"{where}: {key!r} = {brief(value)}: expected a text or a finite number")
+    return text
+
+
+def _number_text(value) -> str | None:
+    """A number as graders compare it, a plain decimal without trailing zeros; None for anything else.
+
+    27.0 is 27: files that lack an answer somewhere store all of them as floats.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, float | Decimal) or not math.isfinite(value):
+        return None
+    text = f"{Decimal(repr(value)) if isinstance(value, float) else value:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
 
 
 def _row_id(row, where) -> str | None:
     extra = row.get("extra_info")
     if extra is not None and not isinstance(extra, Mapping):
-        raise ValueError(f"{where}: 'extra_info' = {extra!r:.100}: expected an object")
+        raise ValueError(f"{where}: 'extra_info' = {brief(extra)}: expected an object")
     found = [(extra or {}).get("index"), *(row.get(key) for key in ("id", "index", "unique_id"))]
     value = next((value for value in found if value is not None), None)
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise ValueError(f"{where}: 'extra_info.index' = {value!r:.100}: expected a text or a number")
-    return None if value is None else str(value)
+    if value is None or isinstance(value, str):
+        return value
+    if (text := _number_text(value)) is None:
+        raise ValueError(f"{where}: 'extra_info.index' = {brief(value)}: expected a text or a finite number")
+    return text
 
 
 def _data_source(row, path) -> str:
     source = row.get("data_source")
-    return path.stem if source is None else str(source)
+    return source if isinstance(source, str) else path.stem if source is None else brief(source)
 
 
 def _identities(rows, path) -> tuple[list[str], bool]:

@@ -4,15 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlvr_jax.data.rows import read_rows, write_rows
-from rlvr_jax.data.text import Tokenizer, check_messages, encode_text, render_chat
-from rlvr_jax.remote import local
+from rlvr_jax.data.rows import brief, read_rows, write_rows
+from rlvr_jax.data.shards import Source, data_files
+from rlvr_jax.data.text import ROLES, Tokenizer, check_messages, encode_text, render_chat
 
 Conversation = tuple[dict[str, str], ...]
 
 
-def read_conversations(path: str | Path) -> list[Conversation]:
-    """Reads conversations that end with an assistant turn from a .parquet or .jsonl file.
+def read_conversations(path: Source) -> list[Conversation]:
+    """Reads conversations that end with an assistant turn from .parquet or .jsonl files (`rlvr_jax.data.shards`).
 
     A row has `messages` (chat messages), or `prompt` (chat messages, or a text for a user turn) and `response`
     (a text).
@@ -22,8 +22,9 @@ def read_conversations(path: str | Path) -> list[Conversation]:
             assistant's, naming file, row and key.
     """
     return [
-        _conversation(row, f"{path} row {number}")
-        for number, row in read_rows(local(str(path)), ("messages", "prompt", "response"))
+        _conversation(row, f"{file} row {number}", ROLES)
+        for file in data_files(path)
+        for number, row in read_rows(file, ("messages", "prompt", "response"))
     ]
 
 
@@ -35,7 +36,7 @@ def write_conversations(path: str | Path, conversations: Iterable[Sequence[Mappi
     write_rows(path, rows)
 
 
-def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
+def _conversation(row: Mapping[str, Any], where: str, roles: Sequence[str] | None = None) -> Conversation:
     key = next((key for key in ("messages", "prompt") if row.get(key) is not None), None)
     if key is None:
         raise ValueError(f"{where}: no 'messages', and no 'prompt' with 'response'")
@@ -43,11 +44,11 @@ def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
     if key == "prompt":
         response = row.get("response")
         if not isinstance(response, str):
-            raise ValueError(f"{where}: 'response' = {response!r:.100}: expected a text, since there are no 'messages'")
+            raise ValueError(f"{where}: 'response' = {brief(response)}: expected a text, since there are no 'messages'")
         prompt = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         check_messages(prompt, f"{where}: 'prompt'")
         messages = [*prompt, {"role": "assistant", "content": response}]
-    check_messages(messages, f"{where}: {key!r}")
+    check_messages(messages, f"{where}: {key!r}", roles=roles)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"{where}: {key!r} has the roles {roles}: expected turns that end with the assistant's")

@@ -1,11 +1,10 @@
 """Where problems come from: a file, or reasoning-gym tasks by name."""
 
-from pathlib import Path
 from typing import Literal
 
 from rlvr_jax.data.problems import Problem, read_problems
+from rlvr_jax.data.shards import data_files
 from rlvr_jax.data.tasks import check_tasks, is_tasks, read_tasks
-from rlvr_jax.remote import local
 from rlvr_jax.rewards.pool import RULES
 
 
@@ -23,8 +22,8 @@ def check_source(source: str, *, rule: str) -> None:
         )
     if is_tasks(source):
         check_tasks(source)
-    elif not Path(local(source)).is_file():
-        raise ValueError(f"{source}: no such file")
+    else:
+        data_files(source)
 
 
 def load_problems(

@@ -13,10 +13,13 @@ import jinja2
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
+from rlvr_jax.data.rows import brief
+from rlvr_jax.files import valid_text
 from rlvr_jax.remote import TEXT_FILES, local
 
 logger = logging.getLogger(__name__)
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, so tokens
 
 
@@ -94,7 +97,7 @@ def render_chat(
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text as it stands: no beginning-of-text token is added; a lone surrogate counts as `?`."""
-    return tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
+    return tokenizer.encode(valid_text(text), add_special_tokens=False)
 
 
 def decode_ids(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
@@ -120,16 +123,21 @@ def token_pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     return pieces
 
 
-def check_messages(messages: Any, where: str) -> None:
-    """Raises ValueError, opening with `where`, unless these are chat messages: a list of {role, content} texts."""
+def check_messages(messages: Any, where: str, *, roles: Sequence[str] | None = None) -> None:
+    """Raises ValueError, opening with `where`, unless these are chat messages: a list of {role, content} texts.
+
+    With `roles` these are the only ones: a template writes any role as it stands, so a wrong one goes unnoticed.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or len(messages) == 0:
-        raise ValueError(f"{where} = {messages!r:.200}: expected a list of at least one {{role, content}} message")
+        raise ValueError(f"{where} = {brief(messages)}: expected a list of at least one {{role, content}} message")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise ValueError(f"{where}[{i}] = {message!r:.200}: expected {{role, content}}")
+            raise ValueError(f"{where}[{i}] = {brief(message)}: expected {{role, content}}")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise ValueError(f"{where}[{i}][{key!r}] = {message.get(key)!r:.200}: expected a text")
+                raise ValueError(f"{where}[{i}][{key!r}] = {brief(message.get(key))}: expected a text")
+        if roles is not None and message["role"] not in roles:
+            raise ValueError(f"{where}[{i}]['role'] = {brief(message['role'])}: expected one of {', '.join(roles)}")
 
 
 def stop_token_ids(tokenizer: Tokenizer, generation_config: str | Path | None) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlvr_jax.files import atomic_path
+from rlvr_jax.files import atomic_path, valid_text
 from rlvr_jax.microscope.columns import ScoredResponse, TokenColumns
 
 SCALARS = (
@@ -85,9 +85,13 @@ class TokenTable(NamedTuple):
 
 def write_responses(folder: Path, responses: Sequence[Response]) -> None:
     """Writes responses.parquet."""
-    columns = {name: [getattr(r, name) for r in responses] for name in RESPONSE_SCHEMA.names}
+    columns = {name: [_valid(getattr(r, name)) for r in responses] for name in RESPONSE_SCHEMA.names}
     with atomic_path(folder / RESPONSES) as temporary:
         pq.write_table(pa.table(columns, schema=RESPONSE_SCHEMA), temporary, compression="zstd")
+
+
+def _valid(value: Any) -> Any:
+    return valid_text(value) if isinstance(value, str) else value
 
 
 def token_table(one: ScoredResponse) -> pa.Table:
@@ -99,7 +103,7 @@ def token_table(one: ScoredResponse) -> pa.Table:
         "source": pa.array([one.source] * T, pa.string()),
         "position": np.arange(T, dtype=np.int32),
         "token": columns["token"],
-        "text": pa.array(one.pieces, pa.string()),
+        "text": pa.array([valid_text(piece) for piece in one.pieces], pa.string()),
         **{name: columns[name] for name in SCALARS},
     }
     for name in LISTS:
@@ -211,7 +215,9 @@ def write_vocabulary(folder: Path, text_of: Callable[[int], str]) -> None:
                 flat = column.flatten() if isinstance(column, pa.ListArray) else column
                 seen.update(flat.unique().to_pylist())
     ids = sorted(seen)
-    table = pa.table({"token": pa.array(ids, pa.int32()), "text": pa.array(map(text_of, ids), pa.string())})
+    table = pa.table(
+        {"token": pa.array(ids, pa.int32()), "text": pa.array([valid_text(text_of(one)) for one in ids], pa.string())}
+    )
     with atomic_path(folder / VOCABULARY) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 

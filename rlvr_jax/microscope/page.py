@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rlvr_jax.files import atomic_path
+from rlvr_jax.files import atomic_path, valid_text
 from rlvr_jax.microscope.columns import Figure, ScoredResponse
 
 # In this order.
@@ -95,7 +95,7 @@ def write_page(
     style, script = _asset("page.css"), _joined_scripts()
     policy = f"default-src 'none'; img-src blob: data:; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
     filled = {
-        "title": html.escape(title),
+        "title": html.escape(valid_text(title)),
         "policy": policy + "base-uri 'none'; form-action 'none'",
         "style": style,
         "script": script,
