@@ -14,7 +14,7 @@ from rich.table import Table
 
 from decode.calibrate import known_thresholds
 from decode.config import Setting
-from decode.figure import draw
+from decode.figure import Reference, draw
 from decode.results import RowLog, read_json
 from decode.summary import (
     Outcome,
@@ -23,6 +23,7 @@ from decode.summary import (
     percent,
     ranged,
     references,
+    sampling_of,
     signed,
     summarise,
     write_csv,
@@ -42,7 +43,8 @@ class CompareConfig:
 
     Attributes:
       runs: folders that `python -m decode` wrote, finished or not
-      against: setting that all are compared with, SETTING or RUN/SETTING; default: the rl model alone, if there
+      against: setting that all are compared with, SETTING or RUN/SETTING; default: for each setting the rl model alone,
+        sampled in the same way, of its own run or of one that differs in nothing else
       out: folder for compare.json, compare.csv and compare.png
     """
 
@@ -51,11 +53,15 @@ class CompareConfig:
     out: str = "runs/compare"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-    """A setting of a run. `unfinished` says what is missing of it, else it is empty."""
+    """A setting of a run. `unfinished` says what is missing of it, else it is empty.
+
+    `basis` has what the run's results depend on beside the setting (`MATTERS`).
+    """
 
     run: str
+    basis: dict[str, Any]
     outcome: Outcome
     unfinished: str
 
@@ -67,11 +73,11 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What was read: the settings, the one that they are compared with (if any), and notes on what is not there."""
+    """What was read: the settings, the one that each is compared with (if any), and notes on what is not there."""
 
     config: CompareConfig
     found: list[Found]
-    against: Found | None
+    against: list[Found | None]
     problems: str
     notes: list[str]
 
@@ -87,8 +93,7 @@ def read(config: CompareConfig) -> Comparison:
     if not folders:
         raise ValueError("no run: give one or more folders that `python -m decode` wrote")
     for folder in folders:
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder}: no config.json, so this is not the folder of a decoding run")
+        _check_folder(folder)
     _check_problem_files(folders)
     labels = _labels(folders)
     found, notes = [], _apart(folders, labels)
@@ -99,25 +104,60 @@ def read(config: CompareConfig) -> Comparison:
                 notes.append(f"{one.label} is unfinished: {one.unfinished}")
     if not found:
         raise ValueError(f"{', '.join(map(str, folders))}: no setting has a finished problem yet")
-    return Comparison(config, found, _against(config, found), read_json(folders[0] / "config.json")["problems"], notes)
+    against = _against(config, found, notes)
+    return Comparison(config, found, against, read_json(folders[0] / "config.json")["problems"], notes)
 
 
 def run(comparison: Comparison) -> None:
     """Writes compare.json, compare.csv and compare.png, and prints the table."""
     out = Path(comparison.config.out)
-    records = [_record(one, comparison) for one in comparison.found]
-    against = None if comparison.against is None else comparison.against.label
+    records = [_record(one, against) for one, against in zip(comparison.found, comparison.against, strict=True)]
+    against = {record["difference"]["against"] for record in records if "difference" in record}
+    lines, missing = _lines_across(comparison.found, records)
+    notes = [*comparison.notes, *missing]
     write_json(
         out / "compare.json",
-        {"problems": comparison.problems, "against": against, "notes": comparison.notes, "settings": records},
+        {
+            "problems": comparison.problems,
+            "against": against.pop() if len(against) == 1 else None,
+            "notes": notes,
+            "settings": records,
+        },
     )
     write_csv(out / "compare.csv", records)
-    draw(out / "compare.png", records)
+    draw(out / "compare.png", records, lines)
     screen = Console(width=None if sys.stdout.isatty() else 140)
-    screen.print(_table(records, against))
-    for note in comparison.notes:
+    screen.print(_table(records))
+    for note in notes:
         screen.print(note, markup=False, highlight=False, soft_wrap=True)
     screen.print(f"figure: {out / 'compare.png'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses what no decoding run wrote, and says what to do with what others did."""
+    wanted = f"{folder}: expected a folder that `python -m decode` wrote"
+    if not folder.is_dir():
+        raise ValueError(f"{wanted}, and there is no such folder")
+    config = read_json(folder / "config.json")
+    if {"settings", "problems", "seeds", "n"} <= config.keys():
+        return
+    if "responses" in config and "findings" in config:
+        decoded = folder / "decode"
+        raise ValueError(
+            f"{wanted}, and this is a diagnosis; "
+            + (f"the run that it decoded is {decoded}" if decoded.is_dir() else "open its page.html")
+        )
+    if "run_dir" in config:
+        raise ValueError(
+            f"{wanted}, and this is a training run; `python -m train report {folder}` shows its curves, or decode its "
+            f"model (--rl {folder / 'hf'}) and compare that"
+        )
+    inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if inside:
+        raise ValueError(f"{wanted}, and this one holds folders of runs: {', '.join(inside[:5])}")
+    if (folder / "setting.json").is_file():
+        raise ValueError(f"{wanted}, and this is a single setting of {folder.parent}")
+    raise ValueError(f"{wanted}, and this one has no config.json of a decoding run")
 
 
 def _check_problem_files(folders: Sequence[Path]) -> None:
@@ -159,6 +199,7 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 def _read_run(folder: Path, label: str, notes: list[str]) -> list[Found]:
     config = read_json(folder / "config.json")
+    basis = {key: config.get(key) for key in MATTERS}
     order = {setting["name"]: place for place, setting in enumerate(config["settings"])}
     found = []
     # What an earlier command decoded in this folder counts too, after what the last one lists.
@@ -185,7 +226,7 @@ def _read_run(folder: Path, label: str, notes: list[str]) -> list[Found]:
             tau=known_thresholds(folder, [setting]).get(setting.name),
         )
         unfinished = f"{len(whole)} of {len(every)} problems are there, {missing} responses missing" if missing else ""
-        found.append(Found(label, outcome, unfinished))
+        found.append(Found(label, basis, outcome, unfinished))
     return found
 
 
@@ -200,36 +241,90 @@ def _setting(values: dict[str, Any]) -> Setting:
     return Setting(**fields)
 
 
-def _against(config: CompareConfig, found: Sequence[Found]) -> Found | None:
+def _against(config: CompareConfig, found: Sequence[Found], notes: list[str]) -> list[Found | None]:
+    """What each setting is compared with."""
     if config.against is None:
-        pair = next((one.outcome.setting for one in found if alone(one.outcome.setting) is None), None)
-        settings = [one.outcome.setting for one in found]
-        wanted = references(pair, settings).get("rl") if pair is not None else None
-        chosen = next((one for one in found if one.outcome.setting == wanted), None)
-        return chosen or next((one for one in found if alone(one.outcome.setting) == "rl"), None)
+        chosen = [_references(one, found).get("rl") for one in found]
+        without: dict[str, list[str]] = {}
+        for one, reference in zip(found, chosen, strict=True):
+            if reference is None and alone(one.outcome.setting) is None:
+                without.setdefault(_sampled(one), []).append(one.label)
+        notes += [
+            f"no difference for {', '.join(labels)}: no rl alone at {sampled} is there; --against names another setting"
+            for sampled, labels in without.items()
+        ]
+        return chosen
     named = [one for one in found if config.against in (one.label, one.outcome.setting.name)]
     if len(named) != 1:
         there = ", ".join(one.label for one in (named or found))
         raise ValueError(f"against = {config.against!r}: expected one of {there}")
-    return named[0]
+    return [None if one is named[0] else named[0] for one in found]
 
 
-def _record(one: Found, comparison: Comparison) -> dict[str, Any]:
+def _references(one: Found, found: Sequence[Found]) -> dict[str, Found]:
+    """`summary.references` among the settings of this run, then among those of runs that agree with it in `MATTERS`."""
+    among = [other for other in found if other.basis == one.basis]
+    among.sort(key=lambda other: other.run != one.run)
+    of_outcome = {id(other.outcome): other for other in among}
+    chosen = references(one.outcome, [other.outcome for other in among])
+    return {role: of_outcome[id(outcome)] for role, outcome in chosen.items()}
+
+
+def _lines_across(found: Sequence[Found], records: Sequence[dict[str, Any]]) -> tuple[list[Reference], list[str]]:
+    """The models alone that the figure draws as lines, and notes on those that it does not draw.
+
+    Such a line has the sampling, the problems and the number of samples of the settings beside it.
+    """
+    lines: dict[tuple[str, int], None] = {}
+    missing: dict[str, list[str]] = {}
+    place_of = {id(one): place for place, one in enumerate(found)}
+    for one in found:
+        if alone(one.outcome.setting) is not None:
+            continue
+        alike = [
+            other
+            for other in found
+            if (other.outcome.problems, other.outcome.record["k"]) == (one.outcome.problems, one.outcome.record["k"])
+        ]
+        chosen = _references(one, alike)
+        for role in ("rl", "base"):
+            if role in chosen:
+                lines[role, place_of[id(chosen[role])]] = None
+            else:
+                what = f"no line for {role} alone at {_sampled(one)} over {len(one.outcome.problems)} problems with "
+                missing.setdefault(f"{what}{one.outcome.record['k']} samples each", []).append(one.label)
+    roles = [role for role, _ in lines]
+    drawn = []
+    for role, place in lines:
+        label = f"{role} alone"
+        if roles.count(role) > 1:
+            label += f" at {_sampled(found[place])} ({found[place].run})"
+        drawn.append(Reference(records[place], role, label))
+    notes = [f"{what}, as {', '.join(labels)} would need: it is not there" for what, labels in missing.items()]
+    return drawn, notes
+
+
+def _sampled(one: Found) -> str:
+    temperature, top_p, top_k = sampling_of(one.outcome.setting)
+    return f"temperature {temperature:g}, top-p {top_p:g}" + (f", top-k {top_k}" if top_k else "")
+
+
+def _record(one: Found, against: Found | None) -> dict[str, Any]:
     record = {"run": one.run, **one.outcome.record, "unfinished": one.unfinished}
-    if comparison.against is not None and comparison.against is not one:
-        record["difference"] = difference(one.outcome, comparison.against.outcome) | {
-            "against": comparison.against.label
-        }
+    if against is not None:
+        record["difference"] = difference(one.outcome, against.outcome) | {"against": against.label}
     return record
 
 
-def _table(records: Sequence[dict[str, Any]], against: str | None) -> Table:
+def _table(records: Sequence[dict[str, Any]]) -> Table:
     ks = {record["k"] for record in records}
     k = str(ks.pop()) if len(ks) == 1 else "k"
     many = len({record["run"] for record in records}) > 1
     title = f"{records[0]['problems']} problems, {k} samples each; shares in %, 95% intervals over problems"
-    if against is not None:
-        title += f"\ndifference: Avg@{k} less that of {against if many else against.rpartition('/')[2]}, paired"
+    against = {record["difference"]["against"] for record in records if "difference" in record}
+    if against:
+        said = against.pop() if len(against) == 1 else "rl alone, sampled in the same way"
+        title += f"\ndifference: Avg@{k} less that of {said if many else said.rpartition('/')[2]}, paired"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     if many:
         table.add_column("run", overflow="fold")

@@ -21,7 +21,7 @@ class FindingsConfig:
       tail: share of all tokens that count as a number's tail (of dlogp, the largest absolute values)
       rate: share of tokens that each criterion selects where criteria are compared, and that "high dlogp" means
       extremes: tokens listed at either end of dlogp
-      resamples: bootstrap resamples of the problems, for each interval
+      resamples: bootstrap resamples of the problems, for the intervals of overlaps
       confidence: of the intervals
       seed: of the resamples
     """

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from decode.diagnose_config import FindingsConfig, PageConfig
 from decode.results import read_json
+from rlvr_jax.evaluation import bracketed
 from rlvr_jax.files import write_json
 from rlvr_jax.microscope import files
 from rlvr_jax.microscope.columns import ScoredResponse
@@ -145,18 +146,18 @@ def _print(found: dict[str, Any]) -> None:
     for source, one in found["sources"].items():
         tails = found["delta_logp_tails"][source][0]
         table.add_row(
-            *(source, f"{one['responses']:,}", f"{one['tokens']:,}", _said(one["mean_delta_logp"], 1, "{:.4f}")),
-            *(_said(tails[side], 100, "{:.2f}") + " %" for side in ("below", "above")),
+            *(source, f"{one['responses']:,}", f"{one['tokens']:,}", _said(one["mean_delta_logp"], 1, ".4f")),
+            *(_said(tails[side], 100, ".2f") + " %" for side in ("below", "above")),
         )
     screen.print(table)
     both = {name: one for name, one in found["histograms"].items() if "overlap" in one}
     if both:
         table = Table("overlap of base's and rl's responses", "of all tokens", "of the tail", box=None)
         for name, one in both.items():
-            table.add_row(name, _said(one["overlap"], 1, "{:.3f}"), _said(one["overlap_tail"], 1, "{:.3f}"))
+            table.add_row(name, _said(one["overlap"], 1, ".3f"), _said(one["overlap_tail"], 1, ".3f"))
         screen.print(table)
 
 
 def _said(interval: dict[str, float | None], times: float, form: str) -> str:
-    shown = [("–" if x is None else form.format(times * x)) for x in (interval[k] for k in ("value", "low", "high"))]
-    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    value, low, high = (None if x is None else times * x for x in interval.values())
+    return "–" if value is None else f"{value:{form}} {bracketed(low, high, form)}"

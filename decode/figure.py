@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,21 +22,28 @@ SAMPLING = ("temperature", "top_p", "top_k", "top_logprobs")
 SHARES = (("share_selected", "tokens selected (%)"), ("share_changed", "tokens changed (%)"))
 
 
-def draw(path: Path, records: Sequence[dict[str, Any]]) -> None:
+class Reference(NamedTuple):
+    """A model alone that is drawn as a line across: its record, its role (base or rl) and what the legend says."""
+
+    record: dict[str, Any]
+    role: str
+    label: str
+
+
+def draw(path: Path, records: Sequence[dict[str, Any]], references: Sequence[Reference]) -> None:
     """Writes the figure (PNG) of a comparison's records: a line a criterion and gamma.
 
-    Beside them is what no share belongs to: the models alone, and the criterion `all`.
+    Beside them is what no share belongs to: the models alone, and the criterion `all`. `references` are of the models
+    alone those that the lines may be compared with.
     """
     alone = [record for record in records if _alone(record) is not None or record["criterion"] == "all"]
     pair = [record for record in records if record not in alone]
     figure = Figure(figsize=(13, 5.8), layout="constrained")
     widths = (1.0, 1.0, 0.13 + 0.07 * len(alone)) if alone else (1.0, 1.0)
     axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)[0]
-    reference = _references(pair, alone)
     for panel, (share, label) in zip(axes, SHARES, strict=False):
         _lines(panel, pair, share)
-        for record, (name, colour, style) in reference:
-            panel.axhline(100 * record["avg_at_k"], color=colour, linestyle=style, linewidth=1.1, label=name, zorder=1)
+        _across(panel, references)
         panel.set_xlabel(label)
         right = max([100 * record[share] for record in pair], default=1.0) or 1.0
         panel.set_xlim(-0.03 * right, 1.05 * right)
@@ -45,7 +52,7 @@ def draw(path: Path, records: Sequence[dict[str, Any]]) -> None:
     k = {record["k"] for record in records}
     axes[0].set_ylabel(f"Avg@{k.pop() if len(k) == 1 else 'k'} (%), 95% interval over problems")
     if alone:
-        _models_alone(axes[2], alone, reference)
+        _models_alone(axes[2], alone, references)
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         columns = max(1, min(6, len(labels), 170 // (max(map(len, labels)) + 9)))
@@ -68,8 +75,6 @@ def _lines(axes: Axes, pair: Sequence[dict[str, Any]], share: str) -> None:
     varied = [key for key in SAMPLING if len({record[key] for record in pair}) > 1]
     for (series, criterion, gamma), members in groups.items():
         members = sorted(members, key=lambda record: record[share])
-        y = np.array([100 * record["avg_at_k"] for record in members])
-        low, high = (np.array([100 * record["interval"][i] for record in members]) for i in (0, 1))
         label = criterion
         label += f", gamma {gamma:g}" if gammas else ""
         label += " (control)" if all(record["role"] != "setting" for record in members) else ""
@@ -78,8 +83,8 @@ def _lines(axes: Axes, pair: Sequence[dict[str, Any]], share: str) -> None:
         label += f" ({members[0]['run']})" if len(runs) > 1 else ""
         axes.errorbar(
             [100 * record[share] for record in members],
-            y,
-            yerr=(np.maximum(y - low, 0), np.maximum(high - y, 0)),
+            [100 * record["avg_at_k"] for record in members],
+            yerr=_whiskers(members),
             color=COLOURS.get(criterion, OTHER),
             linestyle="-" if not gamma else ("--", "-.", ":")[gammas.index(gamma) % 3],
             marker=MARKERS[marked.index(series) % len(MARKERS)],
@@ -98,26 +103,32 @@ def _series(record: dict[str, Any]) -> tuple:
     return tuple(record[key] for key in ("run", "sample_from", *SAMPLING))
 
 
-def _references(pair: Sequence[dict[str, Any]], alone: Sequence[dict[str, Any]]) -> list[tuple]:
-    """(record, (label, colour, line style)) of base and rl alone, sampled as the first of the pair's settings is."""
-    found = []
-    for role, style in (("rl", (RL, "--")), ("base", (BASE, ":"))):
-        models = [record for record in alone if _alone(record) == role]
-        like = [r for r in models if pair and all(r[key] == pair[0][key] for key in ("temperature", "top_p"))]
-        found += [(record, (f"{role} alone", *style)) for record in (like or models)[:1]]
-    return found
+def _across(axes: Axes, references: Sequence[Reference]) -> None:
+    shades = {"rl": (RL, ("--", (0, (6, 2, 1, 2)))), "base": (BASE, (":", (0, (1, 3))))}
+    for role, (colour, styles) in shades.items():
+        for place, one in enumerate(one for one in references if one.role == role):
+            style: Any = styles[place % len(styles)]
+            y = 100 * one.record["avg_at_k"]
+            axes.axhline(y, color=colour, linestyle=style, linewidth=1.1, label=one.label, zorder=1)
 
 
-def _models_alone(axes: Axes, alone: Sequence[dict[str, Any]], reference: list[tuple]) -> None:
-    shown = [record for record, _ in reference]
+def _whiskers(records: Sequence[dict[str, Any]]) -> np.ndarray:
+    """[2, records]: how far the intervals reach below and above, NaN (not drawn) where they are not known."""
+    reach = []
+    for record in records:
+        low, high = record["interval"] or (np.nan, np.nan)
+        reach.append((record["avg_at_k"] - low, high - record["avg_at_k"]))
+    return np.maximum(100 * np.array(reach).T, 0)  # of rounding
+
+
+def _models_alone(axes: Axes, alone: Sequence[dict[str, Any]], references: Sequence[Reference]) -> None:
+    shown = [one.record for one in references]
     for place, record in enumerate(alone):
-        y = 100 * record["avg_at_k"]
-        low, high = (100 * bound for bound in record["interval"])
         colour = BASE if _alone(record) == "base" else RL if record in shown else OTHER
         axes.errorbar(
             [place],
-            [y],
-            yerr=([max(y - low, 0)], [max(high - y, 0)]),
+            [100 * record["avg_at_k"]],
+            yerr=_whiskers([record]),
             color=colour,
             marker="D",
             markersize=5,
@@ -126,8 +137,7 @@ def _models_alone(axes: Axes, alone: Sequence[dict[str, Any]], reference: list[t
             capsize=2,
             linestyle="none",
         )
-    for record, (_, colour, style) in reference:
-        axes.axhline(100 * record["avg_at_k"], color=colour, linestyle=style, linewidth=1.1, zorder=1)
+    _across(axes, references)
     names = []
     for record in alone:
         name = "greedy" if record["temperature"] == 0 else f"T {record['temperature']:g}"

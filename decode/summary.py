@@ -13,7 +13,7 @@ from rich.table import Table
 
 from decode.config import Setting, unmarked
 from decode.results import Row, Timing
-from rlvr_jax.evaluation import avg_per_problem, bootstrap_interval, maj_per_problem, pass_per_problem
+from rlvr_jax.evaluation import NOT_KNOWN, avg_per_problem, maj_per_problem, mean_interval, pass_per_problem
 from rlvr_jax.files import atomic_path, write_json
 
 # The entries that differ between two equal runs: speed, and what depends on slots and blocks.
@@ -47,10 +47,11 @@ def summarise(
     """Outcome of one finished setting.
 
     `rows` holds one dictionary a seed, each with samples 0..n-1 of every problem; together they are the k = seeds x n
-    samples of Avg@k, Pass@k and maj@k. Every interval is the 95% bootstrap interval over problems. `share_selected` is
-    the share of emitted tokens where the criterion fired, `share_changed` that of tokens that differ from the one
-    proposed. Lengths and tokens include the stop token. `tokens_per_second` leaves out what was written after a
-    compilation, unless there is nothing else. `tau` is the threshold in use where the setting gives a share.
+    samples of Avg@k, Pass@k and maj@k. Every interval is the 95% `mean_interval` over problems, None where a single
+    problem says nothing of others. `share_selected` is the share of emitted tokens where the criterion fired,
+    `share_changed` that of tokens that differ from the one proposed. Lengths and tokens include the stop token.
+    `tokens_per_second` leaves out what was written after a compilation, unless there is nothing else. `tau` is the
+    threshold in use where the setting gives a share.
     """
     table = [[seed_rows[problem, sample] for seed_rows in rows for sample in range(n)] for problem in problems]
     flat = [row for samples in table for row in samples]
@@ -111,19 +112,14 @@ def _graded(table: list[list[Row]], other: str | None) -> tuple[dict[str, Any], 
     }
     record = {
         "avg_at_k": float(values["avg_at_k"].mean()),
-        "interval": _interval(values["avg_at_k"]),
+        "interval": mean_interval(values["avg_at_k"]).ends,
         "pass_at_k": {str(power): float(x.mean()) for power, x in passed.items()},
-        "pass_intervals": {str(power): _interval(x) for power, x in passed.items()},
+        "pass_intervals": {str(power): mean_interval(x).ends for power, x in passed.items()},
         "maj_at_k": float(values["maj_at_k"].mean()),
-        "maj_interval": _interval(values["maj_at_k"]),
+        "maj_interval": mean_interval(values["maj_at_k"]).ends,
         "grading_errors": sum(verdict[2] is not None for samples in verdicts for verdict in samples),
     }
     return record, values
-
-
-def _interval(values: np.ndarray) -> list[float]:
-    resamples = 10_000 if len(values) <= 1000 else 1000  # every one of them draws all problems
-    return list(bootstrap_interval(values, resamples=resamples))
 
 
 def _changed(row: Row) -> int:
@@ -145,7 +141,7 @@ def difference(one: Outcome, other: Outcome) -> dict[str, Any]:
     metrics = METRICS if one.record["k"] == other.record["k"] else METRICS[:1]
     for metric in metrics if common else ():
         values = one.values[metric][places[0]] - other.values[metric][places[1]]
-        out[metric] = {"difference": float(values.mean()), "interval": _interval(values)}
+        out[metric] = {"difference": float(values.mean()), "interval": mean_interval(values, bounds=(-1.0, 1.0)).ends}
     return out
 
 
@@ -156,40 +152,36 @@ def alone(setting: Setting) -> str | None:
     return setting.model
 
 
-def references(setting: Setting, among: Sequence[Setting]) -> dict[str, Setting]:
+def references(one: Outcome, among: Sequence[Outcome]) -> dict[str, Outcome]:
     """What a setting is compared with: rl and base alone as they are sampled in it, and the same at gamma = 0.
 
-    A model alone is compared with the models as the first setting of the pair samples them.
+    Of several that match, the first of `among` is taken; where none matches, there is none. A model alone, which is
+    there as a control, is compared with the models as the settings of the pair sample them, if they all agree.
     """
-    sampled_like = setting
-    if alone(setting) is not None:
-        sampled_like = next((other for other in among if alone(other) is None), setting)
-    found: dict[str, Setting] = {}
+    sampling = sampling_of(one.setting)
+    if alone(one.setting) is not None:
+        of_pair = {sampling_of(other.setting) for other in among if alone(other.setting) is None}
+        sampling = of_pair.pop() if len(of_pair) == 1 else sampling
+    found: dict[str, Outcome] = {}
     for other in among:
-        role = alone(other)
-        if role is not None and role not in found and _sampling(other) == _sampling(sampled_like):
-            found[role] = other
-        if setting.gamma > 0 and unmarked(other) == unmarked(dataclasses.replace(setting, gamma=0.0)):
-            found["gamma0"] = other
-    return {role: other for role, other in found.items() if other.name != setting.name}
+        role = alone(other.setting)
+        if role is not None and sampling_of(other.setting) == sampling:
+            found.setdefault(role, other)
+        if one.setting.gamma > 0 and unmarked(other.setting) == unmarked(dataclasses.replace(one.setting, gamma=0.0)):
+            found.setdefault("gamma0", other)
+    return {role: other for role, other in found.items() if other is not one}
 
 
-def _sampling(setting: Setting) -> tuple[float, float, int]:
+def sampling_of(setting: Setting) -> tuple[float, float, int]:
+    """How a setting samples: temperature, top_p and top_k."""
     return setting.temperature, setting.top_p, setting.top_k
 
 
 def with_differences(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """The records, each with `differences`: by rl, base and gamma0, where those settings are there."""
-    by_name = {outcome.setting.name: outcome for outcome in outcomes}
-    settings = [outcome.setting for outcome in outcomes]
     return [
         outcome.record
-        | {
-            "differences": {
-                role: difference(outcome, by_name[other.name])
-                for role, other in references(outcome.setting, settings).items()
-            }
-        }
+        | {"differences": {role: difference(outcome, other) for role, other in references(outcome, outcomes).items()}}
         for outcome in outcomes
     ]
 
@@ -275,8 +267,8 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in record.items():
         if isinstance(value, dict):
             out |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and "interval" in f"{prefix}{key}":
-            out[f"{prefix}{key}_low"], out[f"{prefix}{key}_high"] = value
+        elif "interval" in f"{prefix}{key}":
+            out[f"{prefix}{key}_low"], out[f"{prefix}{key}_high"] = value or ("", "")
         else:
             out[f"{prefix}{key}"] = " ".join(map(str, value)) if isinstance(value, list) else value
     return out
@@ -287,14 +279,16 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def ranged(value: float, interval: Sequence[float]) -> str:
+def ranged(value: float, interval: Sequence[float] | None) -> str:
     """A share above its interval, for a table."""
-    return f"{percent(value)}\n{percent(interval[0])}-{percent(interval[1])}"
+    return f"{percent(value)}\n" + (NOT_KNOWN if interval is None else "-".join(map(percent, interval)))
 
 
 def signed(found: dict[str, Any] | None) -> str:
     """A difference above its interval, for a table; empty where there is none."""
     if found is None:
         return ""
-    low, high = found["interval"]
-    return f"{100 * found['difference']:+.1f}\n{100 * low:+.1f} {100 * high:+.1f}"
+    interval = found["interval"]
+    return f"{100 * found['difference']:+.1f}\n" + (
+        NOT_KNOWN if interval is None else " ".join(f"{100 * end:+.1f}" for end in interval)
+    )

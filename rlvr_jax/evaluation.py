@@ -1,16 +1,18 @@
-"""Avg@k, Pass@k and maj@k over problems, with intervals. Host code: numpy only.
+"""Avg@k, Pass@k and maj@k over problems, with intervals. Host code: numpy and scipy.
 
 `correct[p, s]` is whether sample s of problem p was graded correct; rows are problems by their row id, never by text.
-Results are fractions of 1. The `*_per_problem` forms give one number a problem, for `bootstrap_interval` and paired
+Results are fractions of 1. The `*_per_problem` forms give one number a problem, for `mean_interval` and paired
 comparisons; on 30 problems the interval is usually wider than the gain that is claimed.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import stdtrit
 
 
 def avg_at_k(correct: ArrayLike, k: int) -> float:
@@ -81,28 +83,97 @@ def maj_per_problem(
     return maj_P
 
 
-def bootstrap_interval(
-    values: ArrayLike,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-    statistic: Callable[[np.ndarray], np.ndarray] = lambda values_RP: values_RP.mean(axis=-1),
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of per-problem `values`, resampling problems.
+NOT_KNOWN = "not known"  # said in the place of an interval that a single problem would give
 
-    For two methods on the same problems pass the differences. `statistic` maps [resamples, problems] to [resamples].
+
+class Interval(NamedTuple):
+    """An estimate from all problems, and its interval. The ends are NaN where the interval is not known."""
+
+    value: Any
+    low: Any
+    high: Any
+
+    @property
+    def ends(self) -> list[float] | None:
+        """[low, high] as JSON has them; None: not known."""
+        return None if np.isnan(self.low) or np.isnan(self.high) else [float(self.low), float(self.high)]
+
+
+def mean_interval(
+    values: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval over problems of a mean: how far it may move if other problems of the same kind are drawn.
+
+    The estimate is r = sum(values) / sum(weights). Its variance v is the jackknife's over problems. For equal weights
+    that is s^2 / P. With t from Student's distribution of P - 1 degrees of freedom:
+
+    * Without `bounds`, the ends are r -+ t sqrt(v).
+    * With bounds [a, b], they are Wilson's, the two solutions mu of
+      (r - mu)^2 = t^2 v (mu - a) (b - mu) / ((r - a) (b - r)). So they stay inside the bounds. Of right and wrong
+      answers this is Wilson's score interval.
+    * Where all problems agree, the spread between problems cannot be seen. Then a share q of all problems may differ as
+      far as the bounds allow, with (1 - q)^P = (1 - confidence) / 2. For 0 of P this is Clopper and Pearson's limit.
+
+    A single problem says nothing of others, so the ends are NaN. The simulated coverage of the 95% interval is 0.93 or
+    more from 2 problems on, at means from 0.02 to 0.98. It is less where a few problems differ much from all others and
+    none of them is drawn: no method that reads the spread from the data can see these.
+
+    Args:
+      values: `[P]`, a problem's value, or with `weights` its sum (of right tokens, say).
+      weights: `[P]`, what the sum is over (the problem's tokens), at least 0. Problems of weight 0 do not count.
+      bounds: of a problem's value: (0, 1) for shares, (-1, 1) for differences of shares, None: not known.
+      confidence: of the interval.
+
+    Raises:
+      ValueError: values that are not one finite number per problem, or lie outside the bounds.
     """
     values_P = np.asarray(values, float)
+    weights_P = np.ones(values_P.shape) if weights is None else np.asarray(weights, float)
     if values_P.ndim != 1 or values_P.size == 0 or not np.isfinite(values_P).all():
-        raise ValueError(f"values has shape {values_P.shape}: expected one finite number a problem")
+        raise ValueError(f"values has shape {values_P.shape}: expected one finite number per problem")
+    if weights_P.shape != values_P.shape or not (np.isfinite(weights_P).all() and (weights_P >= 0).all()):
+        raise ValueError(f"weights has shape {weights_P.shape}: expected {values_P.shape[0]} numbers of at least 0")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: expected a number between 0 and 1")
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples}: expected at least 1")
-    drawn_RP = np.random.default_rng(seed).integers(values_P.size, size=(resamples, values_P.size))
-    low, high = np.quantile(statistic(values_P[drawn_RP]), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    there_P = weights_P > 0
+    values_P, weights_P = values_P[there_P], weights_P[there_P]
+    P, total = len(values_P), weights_P.sum()
+    rest_P = total - weights_P
+    if P == 0:
+        return Interval(np.nan, np.nan, np.nan)
+    low, high = bounds or (-np.inf, np.inf)
+    slack = 1e-9 * weights_P
+    if (values_P < low * weights_P - slack).any() or (values_P > high * weights_P + slack).any():
+        raise ValueError(f"values from {values_P.min()} to {values_P.max()}: expected means within {bounds}")
+    r = values_P.sum() / total
+    if not (rest_P > 0).all():  # one problem carries it
+        return Interval(float(r), np.nan, np.nan)
+    # How far the mean moves when a problem is left out.
+    moved_P = (values_P - r * weights_P) / rest_P
+    v = (P - 1) / P * (moved_P**2).sum()
+    t = stdtrit(P - 1, (1 + confidence) / 2)
+    if bounds is None:
+        return Interval(float(r), float(r - t * np.sqrt(v)), float(r + t * np.sqrt(v)))
+    below, above = r - low, high - r
+    if np.abs(moved_P).max() <= 1e-12 * (high - low):
+        q = 1 - ((1 - confidence) / 2) ** (1 / P)
+        return Interval(float(r), float(r - q * below), float(r + q * above))
+    c = t**2 * v / (below * above)
+    middle = r + c / 2 * (low + high)
+    half = (high - low) * np.sqrt(c * below * above / (high - low) ** 2 + c**2 / 4)
+    ends = np.clip([(middle - half) / (1 + c), (middle + half) / (1 + c)], low, high)  # of rounding
+    return Interval(float(r), *ends.tolist())
+
+
+def bracketed(low: float | None, high: float | None, form: str) -> str:
+    """An interval for a line of text, its ends formatted by `form`; None and NaN: not known."""
+    if low is None or high is None or np.isnan([low, high]).any():
+        return f"[{NOT_KNOWN}]"
+    return f"[{low:{form}}, {high:{form}}]"
 
 
 def _checked(correct: ArrayLike, k: int) -> np.ndarray:

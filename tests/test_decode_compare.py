@@ -1,5 +1,6 @@
 """`python -m decode compare`: the table, the files and the figure, from run folders written by hand."""
 
+import csv
 import dataclasses
 import json
 import re
@@ -15,9 +16,13 @@ from decode import compare, figure
 from decode.calibrate import KEYS
 from decode.compare import CompareConfig
 from decode.config import DecodeConfig, Setting
+from decode.diagnose_config import DiagnoseConfig
 from decode.results import RowLog, write_config
-from rlvr_jax.program import run_program
+from rlvr_jax.evaluation import mean_interval
+from rlvr_jax.program import config_dict, run_program
 from tests.test_decode_files import row
+from train import config as train_config
+from train import sft
 
 PROBLEMS = range(6)
 BASE, RL = Setting("base", "base", role="base"), Setting("rl", "rl", role="rl")
@@ -74,7 +79,8 @@ def test_two_runs_in_one_table(tmp_path, capsys):
     assert got["difference"]["against"] == "one/rl"
     assert got["difference"]["avg_at_k"]["difference"] == pytest.approx(2 / 6)
     low, high = got["difference"]["avg_at_k"]["interval"]
-    assert 0 <= low < 2 / 6 < high <= 1
+    expected = mean_interval([0, 0, 0, 1, 1, 0], bounds=(-1.0, 1.0))
+    assert (low, high) == pytest.approx((expected.low, expected.high))
     assert "difference" not in found["one/rl"]
     printed = capsys.readouterr().out
     for text in ("one/rl, paired", "rl_cold", "83.3", "+33.3", "30.0", "10.0"):
@@ -87,6 +93,79 @@ def test_two_runs_in_one_table(tmp_path, capsys):
     assert pixels.shape[1] > 1000
     for colour in ((0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)):  # kl and delta_logp
         assert (pixels == colour).all(axis=-1).sum() > 20
+
+
+def drawn_across(monkeypatch, *runs: str, out: Path) -> list[tuple[str, float]]:
+    """(label, Avg@k) of the lines that the figure draws for the models alone."""
+    lines = []
+    monkeypatch.setattr(compare, "draw", lambda path, records, references: lines.extend(references))
+    run(*runs, out=out)
+    return [(one.label, round(6 * one.record["avg_at_k"])) for one in lines]
+
+
+def test_a_setting_is_compared_with_models_sampled_like_it(tmp_path, monkeypatch, capsys):
+    """Nearly alike is not enough: where the model alone is not there, nothing stands for it and that is said."""
+    greedy = Setting("base_greedy", "base", temperature=0.0)
+    one = write_run(tmp_path / "one", {delta("delta"): 5, greedy: 4, COLD: 6, RL: 3})
+    assert drawn_across(monkeypatch, one, out=tmp_path / "out") == [("rl alone", 3)]
+    found = records(tmp_path / "out")
+    assert found["one/delta"]["difference"]["against"] == "one/rl"
+    printed = capsys.readouterr().out
+    said = "no line for base alone at temperature 1, top-p 0.7 over 6 problems with 4 samples each, as one/delta would"
+    assert said in printed
+    assert "no difference" not in printed
+
+    for key, value in (("temperature", 0.9), ("top_p", 0.95), ("top_k", 20)):
+        other = write_run(tmp_path / key, {delta("delta", **{key: value}): 5, RL: 3, BASE: 2})
+        assert drawn_across(monkeypatch, other, out=tmp_path / "out") == []
+        found = records(tmp_path / "out")
+        assert "difference" not in found[f"{key}/delta"]
+        assert "difference" not in found[f"{key}/base"] or found[f"{key}/base"]["difference"]["against"] == f"{key}/rl"
+        assert f"no difference for {key}/delta: no rl alone at" in capsys.readouterr().out
+
+    two = write_run(tmp_path / "two", {delta("delta"): 5, delta("warm", temperature=0.3): 4, RL: 3, BASE: 2, COLD: 1})
+    lines = drawn_across(monkeypatch, two, out=tmp_path / "out")
+    assert lines == [
+        ("rl alone at temperature 1, top-p 0.7 (two)", 3),
+        ("base alone", 2),
+        ("rl alone at temperature 0.3, top-p 0.7 (two)", 1),
+    ]
+    found = records(tmp_path / "out")
+    assert [found[f"two/{name}"]["difference"]["against"] for name in ("delta", "warm")] == ["two/rl", "two/rl_cold"]
+    assert "rl alone, sampled in the same way" in capsys.readouterr().out
+
+
+def test_a_line_is_of_the_same_problems_and_samples(tmp_path, monkeypatch):
+    """A model alone of another run stands beside a setting only where both runs are alike."""
+    one = write_run(tmp_path / "one", {delta("delta"): 5})
+    for name, options in (("fewer", {"seeds": 1}), ("cut", {"missing": 2})):
+        other = write_run(tmp_path / name, {BASE: 2, RL: 3}, **options)
+        assert ("rl alone", 3) not in drawn_across(monkeypatch, one, other, out=tmp_path / "out")
+    whole = write_run(tmp_path / "whole", {BASE: 2, RL: 3})
+    assert drawn_across(monkeypatch, one, whole, out=tmp_path / "out") == [("rl alone", 3), ("base alone", 2)]
+    path = tmp_path / "whole" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rl": "another"}))
+    assert drawn_across(monkeypatch, one, whole, out=tmp_path / "out") == []
+    # Its own run comes first, whatever the order.
+    both = write_run(tmp_path / "both", {RL: 1, delta("delta"): 5})
+    found = run(write_run(tmp_path / "third", {RL: 4}), both, out=tmp_path / "out")
+    assert found["both/delta"]["difference"]["against"] == "both/rl"
+
+
+def test_one_problem_has_no_interval(tmp_path, capsys):
+    """A single problem says nothing of others: no interval of width zero, in no file and no figure."""
+    folder = write_run(tmp_path / "one", {RL: 3, delta("delta"): 6})
+    for log in (tmp_path / "one").glob("*/*.rows.jsonl"):
+        log.write_text("".join(line + "\n" for line in log.read_text().split("\n") if '"problem": 5' in line))
+    found = run(folder, out=tmp_path / "out")["one/delta"]
+    assert (found["problems"], found["avg_at_k"], found["interval"], found["maj_interval"]) == (1, 1.0, None, None)
+    assert set(found["pass_intervals"].values()) == {None}
+    assert found["difference"]["avg_at_k"] == {"difference": 1.0, "interval": None}
+    printed = capsys.readouterr().out
+    assert printed.count("not known") >= 7
+    assert "100.0-100.0" not in printed
+    header, *lines = csv.reader((tmp_path / "out" / "compare.csv").open())
+    assert lines[1][header.index("interval_low")] == lines[1][header.index("difference.avg_at_k.interval_high")] == ""
 
 
 def test_the_reference_can_be_chosen(tmp_path):
@@ -125,7 +204,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path, monkeypatch, capsys):
     two = write_run(tmp_path / "two", {RL: 3}, content="2")
     for runs, message in [
         ((one, two), f"{one} decoded {Path('one.jsonl')}, {two} decoded two.jsonl"),
-        ((one, str(tmp_path)), f"{tmp_path}: no config.json"),
+        ((one, str(tmp_path)), f"{tmp_path}: expected a folder that `python -m decode` wrote, and this one holds "),
         ((one, one), f"{one} is given twice"),
         ((), "no run"),
     ]:
@@ -136,7 +215,37 @@ def test_what_does_not_fit_together_is_refused(tmp_path, monkeypatch, capsys):
         compare.read(CompareConfig((two,)))
     monkeypatch.setattr("sys.argv", ["decode", str(tmp_path)])
     assert run_program(compare.prepare, compare.run) == 2
-    assert "no config.json" in capsys.readouterr().err
+    assert "this one holds folders of runs: one, two" in capsys.readouterr().err
+
+
+def test_folders_of_other_programs_are_told_what_to_do(tmp_path):
+    """Each says in one sentence what it is and what is wanted."""
+    one = write_run(tmp_path / "one", {RL: 3})
+    for name, content, message in [
+        (
+            "trained",
+            config_dict(train_config.Config(run_dir="x")),
+            r"a training run; `python -m train report .*trained`",
+        ),
+        ("tuned", config_dict(sft.SFTConfig(run_dir="x")), r"a training run; .*--rl .*tuned/hf"),
+        ("seen", dataclasses.asdict(DiagnoseConfig(base="b", rl="r")), r"a diagnosis; open its page\.html"),
+        ("other", {"model_type": "qwen3"}, r"no config\.json of a decoding run"),
+        ("empty", None, r"no config\.json of a decoding run"),
+        ("nowhere", ..., "there is no such folder"),
+    ]:
+        if content is not ...:
+            (tmp_path / name).mkdir()
+        if isinstance(content, dict):
+            (tmp_path / name / "config.json").write_text(json.dumps(content))
+        with pytest.raises(
+            ValueError, match=rf"{name}: expected a folder that `python -m decode` wrote, and .*{message}"
+        ):
+            compare.read(CompareConfig((one, str(tmp_path / name))))
+    (tmp_path / "seen" / "decode").mkdir()
+    with pytest.raises(ValueError, match=r"the run that it decoded is .*seen/decode"):
+        compare.read(CompareConfig((str(tmp_path / "seen"),)))
+    with pytest.raises(ValueError, match=r"this is a single setting of .*one$"):
+        compare.read(CompareConfig((str(tmp_path / "one" / "rl"),)))
 
 
 def test_what_runs_differ_in_is_said(tmp_path, capsys):
@@ -144,11 +253,14 @@ def test_what_runs_differ_in_is_said(tmp_path, capsys):
     two = write_run(tmp_path / "two", {delta("delta"): 5}, seeds=1)
     path = tmp_path / "two" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_new_tokens": 9, "graders": ["dapo_answer"]}))
-    found = run(one, two, out=tmp_path / "out")
+    found = run(one, two, out=tmp_path / "out", against="one/rl")
     # More samples make Pass@k larger, so it is not a difference between the settings.
     assert set(found["one/delta"]["difference"]) == {"against", "problems", "avg_at_k", "pass_at_k", "maj_at_k"}
     assert set(found["two/delta"]["difference"]) == {"against", "problems", "avg_at_k"}
+    # Unless it is asked for, nothing is compared with a model that other rules made.
+    assert "difference" not in run(one, two, out=tmp_path / "out")["two/delta"]
     printed = capsys.readouterr().out
+    assert "no difference for two/delta: no rl alone at temperature 1, top-p 0.7 is there" in printed
     assert "the runs differ in max_new_tokens: one 20000, two 9" in printed
     assert "the runs differ in graders: one ['math_verify'], two ['dapo_answer']" in printed
     assert "differ in n" not in printed

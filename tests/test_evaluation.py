@@ -1,4 +1,4 @@
-"""Avg@k, Pass@k, maj@k and the bootstrap: hand cases, brute force over subsets, exact arithmetic."""
+"""Avg@k, Pass@k, maj@k and the intervals: hand cases, brute force over subsets, exact arithmetic."""
 
 import itertools
 import math
@@ -7,13 +7,15 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rlvr_jax.evaluation import (
     avg_at_k,
     avg_per_problem,
-    bootstrap_interval,
+    bracketed,
     maj_at_k,
     maj_per_problem,
+    mean_interval,
     pass_at_k,
     pass_per_problem,
 )
@@ -96,19 +98,93 @@ def test_maj_is_the_mean_over_all_subsets_or_near_it():
     assert sampled[0] == pytest.approx(brute, abs=0.05)
 
 
-def test_bootstrap_interval():
-    values = np.random.default_rng(0).normal(0.5, 0.3, size=400)
-    low, high = bootstrap_interval(values, seed=1)
-    half = 1.96 * values.std() / 20
-    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
-    assert bootstrap_interval(values, seed=1) == (low, high)
-    narrow = bootstrap_interval(values, seed=1, confidence=0.5)
-    assert low < narrow[0] < values.mean() < narrow[1] < high
-    assert bootstrap_interval([0.25]) == (0.25, 0.25)
-    assert bootstrap_interval(avg_per_problem(CORRECT, 4))[0] >= 0
-    largest = bootstrap_interval([1.0, 2.0, 3.0], statistic=lambda drawn: drawn.max(axis=-1))
-    assert largest[1] == 3
+def test_an_interval_solves_wilsons_equation():
+    """Its ends are where the mean is t standard errors away, the variance taken at the ends."""
+    values = np.array([0, 0, 0.25, 0.5, 1, 1, 1, 0.75])
+    for shift, scale, bounds in ((0, 1, (0.0, 1.0)), (-1, 2, (-1.0, 1.0))):
+        x = shift + scale * values
+        value, *ends = mean_interval(x, bounds=bounds)
+        t, v = stats.t.ppf(0.975, 7), x.var(ddof=1) / 8
+        spread = [(mu - bounds[0]) * (bounds[1] - mu) for mu in (value, *ends)]
+        assert value == pytest.approx(x.mean())
+        for mu, here in zip(ends, spread[1:], strict=True):
+            assert (value - mu) ** 2 == pytest.approx(t**2 * v * here / spread[0])
+        assert bounds[0] < ends[0] < value < ends[1] < bounds[1]
+    # Right and wrong of many problems: Wilson's score interval.
+    right = np.arange(2000) < 60
+    exact = stats.binomtest(60, 2000).proportion_ci(method="wilson")
+    assert mean_interval(right)[1:] == pytest.approx((exact.low, exact.high), rel=2e-3)
+    narrow = mean_interval(values, confidence=0.5)
+    assert ends[0] < narrow.low < narrow.value < narrow.high
+
+
+def test_an_interval_without_bounds_is_students():
+    values = np.random.default_rng(0).normal(3, 2, size=12)
+    found = mean_interval(values, bounds=None)
+    assert found[1:] == pytest.approx(stats.t.interval(0.95, 11, values.mean(), values.std(ddof=1) / np.sqrt(12)))
+
+
+def test_weights_are_a_jackknife_over_problems():
+    sums, tokens = np.array([3.0, 10.0, 0.0, 1.0]), np.array([10.0, 12.0, 5.0, 1.0])
+    without = [(sums.sum() - x) / (tokens.sum() - n) for x, n in zip(sums, tokens, strict=True)]
+    v = 3 / 4 * ((without - sums.sum() / tokens.sum()) ** 2).sum()
+    found = mean_interval(sums, tokens, bounds=None)
+    assert found.value == pytest.approx(14 / 28)
+    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, 3) * np.sqrt(v))
+    assert mean_interval([*sums, 0], [*tokens, 0]) == mean_interval(sums, tokens)  # a problem without tokens
+
+
+def test_intervals_hold_at_the_ends():
+    """None right of 32 is no certainty: up to 10.9% may be right (Clopper and Pearson)."""
+    exact = stats.binomtest(0, 32).proportion_ci(method="exact")
+    assert mean_interval(np.zeros(32)) == (0, 0, pytest.approx(exact.high))
+    assert mean_interval(np.ones(32)) == (1, pytest.approx(1 - exact.high), 1)
+    low, high = mean_interval(np.zeros(32), bounds=(-1.0, 1.0)).ends
+    assert (low, high) == pytest.approx((-exact.high, exact.high))
+    assert mean_interval([0.3] * 5)[1:] == pytest.approx((0.3 * 0.025**0.2, 1 - 0.7 * 0.025**0.2))
+
+
+def test_one_problem_has_no_interval():
+    for found in (mean_interval([0.25]), mean_interval([3, 0], [4, 0]), mean_interval([1.0], bounds=None)):
+        assert np.isnan([found.low, found.high]).all()
+        assert found.ends is None
+    assert np.isnan(mean_interval([0, 0], [0, 0])).all()
+    assert bracketed(*mean_interval([0.25])[1:], ".3f") == bracketed(None, None, ".3f") == "[not known]"
+    assert bracketed(0.25, 0.5, ".3f") == "[0.250, 0.500]"
+
+
+# How a problem's chance of a right answer is drawn, and its mean.
+CHANCES = {
+    "rare": (lambda rng, size: np.full(size, 0.02), 0.02),
+    "hard": (lambda rng, size: rng.beta(0.1, 0.9, size), 0.1),
+    "either way": (lambda rng, size: rng.beta(0.5, 0.5, size), 0.5),
+    "easy": (lambda rng, size: rng.beta(5, 1, size), 5 / 6),
+    "nearly all": (lambda rng, size: np.full(size, 0.98), 0.98),
+}
+
+
+@pytest.mark.parametrize("name", CHANCES)
+@pytest.mark.parametrize(("problems", "k"), [(2, 4), (5, 8), (30, 1), (30, 32), (100, 4)])
+def test_intervals_cover_what_they_say(name, problems, k):
+    rng = np.random.default_rng(0)
+    chances, mean = CHANCES[name]
+    trials = 600
+    values = rng.binomial(k, chances(rng, (trials, problems))) / k
+    found = np.array([mean_interval(x)[1:] for x in values])
+    covered = ((found[:, 0] <= mean) & (mean <= found[:, 1])).mean()
+    assert covered > 0.93 - 2 * np.sqrt(0.95 * 0.05 / trials)
+
+
+def test_intervals_of_differences_cover_what_they_say():
+    rng = np.random.default_rng(0)
+    trials, k = 600, 4
+    for problems in (2, 5, 30, 100):
+        chances = rng.beta(0.3, 0.5, (2, trials, problems))
+        chances[1] = chances[0]  # two models that are alike: the difference is 0
+        values = np.subtract(*(rng.binomial(k, x) / k for x in chances))
+        found = np.array([mean_interval(x, bounds=(-1.0, 1.0))[1:] for x in values])
+        assert ((found[:, 0] <= 0) & (found[:, 1] >= 0)).mean() > 0.93 - 2 * np.sqrt(0.95 * 0.05 / trials)
+        assert (found[:, 0] < found[:, 1]).all()
 
 
 @pytest.mark.parametrize("k", [0, 5, -1])
@@ -129,12 +205,15 @@ def test_other_bad_arguments():
         maj_at_k(CORRECT, [["1"] * 4, ["1"] * 4, ["1"] * 3], 2)
     with pytest.raises(ValueError, match="answers has 1 rows"):
         maj_at_k(CORRECT, [["1"] * 4], 2)
-    for values, options in (
-        ([], {}),
-        ([[1.0]], {}),
-        ([np.nan], {}),
-        ([1.0], {"confidence": 1.0}),
-        ([1.0], {"resamples": 0}),
+    for values, options, message in (
+        ([], {}, "one finite number per problem"),
+        ([[1.0]], {}, "one finite number per problem"),
+        ([np.nan], {}, "one finite number per problem"),
+        ([1.0], {"confidence": 1.0}, "confidence=1"),
+        ([1.5, 0.0], {}, r"within \(0\.0, 1\.0\)"),
+        ([1.0, 0.0], {"weights": [0.5, 1.0]}, r"within \(0\.0, 1\.0\)"),
+        ([1.0, 0.0], {"weights": [-1.0, 1.0]}, "at least 0"),
+        ([1.0, 0.0], {"weights": [1.0]}, "expected 2 numbers"),
     ):
-        with pytest.raises(ValueError, match="expected"):
-            bootstrap_interval(values, **options)
+        with pytest.raises(ValueError, match=message):
+            mean_interval(values, **options)

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from rlvr_jax.evaluation import mean_interval
 from rlvr_jax.microscope.files import SCALARS, Response, TokenTable
 from rlvr_jax.microscope.findings import Options, findings
 
@@ -66,3 +67,29 @@ def test_tokens_that_are_not_finite_are_left_out_and_counted(table):
     values["kl"][:] = np.inf
     with pytest.raises(ValueError, match="no token with finite numbers"):
         findings(table._replace(values=values))
+
+
+def test_intervals_are_those_of_accuracies(table):
+    """Over problems, as Avg@k has them: held at 0%, and not known where one problem has the tokens."""
+    values = table.values | {"delta_logp": np.full(600, 0.5, np.float32)}
+    problem, base = table.response // 2, table.response % 2 == 0
+    values["delta_logp"][base & (problem % 2 == 0)] = -0.4
+    found = findings(table._replace(values=values), Options(resamples=5))
+    below = found["delta_logp_tails"]["base"][0]["below"]
+    assert [below["low"], below["high"]] == mean_interval([1, 0, 1, 0, 1, 0]).ends
+    none = found["delta_logp_tails"]["base"][1]["below"]
+    assert none == {"value": 0, "low": 0, "high": pytest.approx(1 - 0.025 ** (1 / 6))}
+    mean = found["sources"]["base"]["mean_delta_logp"]
+    expected = mean_interval([-0.4, 0.5, -0.4, 0.5, -0.4, 0.5], bounds=None)
+    assert list(mean.values()) == pytest.approx(list(expected))
+
+    one = [r._replace(problem=3) if r.source == "base" else r for r in table.responses]
+    found = findings(table._replace(responses=one), Options(resamples=5))
+    for interval in (
+        *(found["sources"]["base"]["mean_delta_logp"], found["delta_logp_tails"]["base"][0]["above"]),
+        *(found["gradient"]["base"]["mass_below_half"], found["histograms"]["kl"]["overlap"]),
+    ):
+        assert interval["value"] is not None
+        assert interval["low"] is interval["high"] is None
+    assert found["sources"]["rl"]["mean_delta_logp"]["low"] is not None
+    assert found["histograms"]["kl"]["overlap_if_alike"]["value"] is not None

@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 
-from rlvr_jax.evaluation import bootstrap_interval
 from rlvr_jax.microscope.statistics import (
     agreement,
     bootstrap,
     gradient_by_probability,
     histogram,
-    jaccard,
     overlap,
     overlap_if_alike,
     select_share,
@@ -52,9 +50,9 @@ def test_resampling_problems_not_tokens():
     tokens = np.repeat(means, 500)
     groups = np.repeat(np.arange(40), 500)
     found = bootstrap(np.divide, sum_by_group(tokens, groups, 40), np.full(40, 500.0), resamples=4000)
-    low, high = bootstrap_interval(means, resamples=4000)
+    drawn = np.random.default_rng(0).integers(40, size=(4000, 40))
     assert found.value == pytest.approx(means.mean())
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.02)
+    assert (found.low, found.high) == pytest.approx(np.quantile(means[drawn].mean(1), [0.025, 0.975]), abs=0.02)
     assert found.high - found.low == pytest.approx(2 * 1.96 * means.std() / np.sqrt(40), rel=0.1)
     assert bootstrap(np.divide, means, np.ones(40), seed=3) == bootstrap(np.divide, means, np.ones(40), seed=3)
 
@@ -69,10 +67,26 @@ def test_an_interval_of_many_numbers():
     assert one == (found.value[1, 2], found.low[1, 2], found.high[1, 2])
 
 
-def test_one_problem_says_nothing_of_others():
-    value, *ends = bootstrap(np.divide, [3.0], [4.0])
+@pytest.mark.parametrize(
+    ("above", "below"),
+    [([3.0], [4.0]), ([3.0, 0.0], [4.0, 0.0]), ([0.0, 0.0, 3.0], [0.0, 0.0, 4.0])],
+)
+def test_one_problem_says_nothing_of_others(above, below):
+    """Whether it is the only one there or the only one that has such tokens."""
+    value, *ends = bootstrap(np.divide, above, below)
     assert value == 0.75
     assert np.isnan(ends).all()
+
+
+def test_each_entry_has_problems_of_its_own():
+    """The second bin has the tokens of a single problem, the third has none."""
+    counts = np.array([[2.0, 3, 0], [1, 0, 0], [4, 0, 0]])
+    found = bootstrap(np.divide, [[1.0, 1, 0], [1, 0, 0], [0, 0, 0]], counts, resamples=200)
+    assert found.value[:2] == pytest.approx([2 / 7, 1 / 3])
+    assert np.isnan([*found.low[1:], *found.high[1:], found.value[2]]).all()
+    assert found.low[0] < found.value[0] < found.high[0]
+    # One side of an overlap from a single problem: not known either, though the other side has three.
+    assert np.isnan(bootstrap(overlap, np.eye(3)[:, :2], [[1, 1], [0, 0], [0, 0]], resamples=50)[1:]).all()
 
 
 def test_overlap_of_few_tokens_is_read_beside_that_of_alike_ones():
@@ -87,12 +101,12 @@ def test_overlap_of_few_tokens_is_read_beside_that_of_alike_ones():
     alike = overlap_if_alike(a_PK, far_PK)
     assert overlap(a_PK.sum(0), far_PK.sum(0)) < 0.1 < alike.low
     assert np.isnan(overlap_if_alike(np.zeros((3, 4)), b_PK[:3, :4]).value)
+    assert np.isnan(overlap_if_alike([[1, 2], [0, 0]], [[2, 1], [0, 0]])).all()  # of one problem
 
 
 def test_a_resample_without_the_tokens_is_left_out():
-    """Half of two problems have none: a quarter of the resamples say nothing, the others all say 2."""
-    with np.errstate(invalid="ignore"):
-        assert bootstrap(np.divide, [4.0, 0.0], [2.0, 0.0]) == (2, 2, 2)
+    """One of three problems has none: a resample of it alone says nothing, all the others say 2."""
+    assert bootstrap(np.divide, [4.0, 0.0, 2.0], [2.0, 0.0, 1.0]) == (2, 2, 2)
 
 
 def test_gradient_mass_is_lemma_3_1():
@@ -122,8 +136,8 @@ def test_agreement_of_criteria():
     both, either = agreement([a, b, c], [0, 0, 1, 1, 1], 3)
     assert both[:, 0, 1].tolist() == [1, 1, 0]
     assert either[:, 0, 1].tolist() == [2, 2, 0]
-    index = jaccard(both.sum(0), either.sum(0))
-    np.testing.assert_allclose(index, [[1, 0.5, 0], [0.5, 1, 0], [0, 0, np.nan]])
+    assert both.sum(0).tolist() == [[3, 2, 0], [2, 3, 0], [0, 0, 0]]
+    assert either.sum(0).tolist() == [[3, 4, 3], [4, 3, 3], [3, 3, 0]]
 
 
 def test_what_is_wrong_is_named():

@@ -8,7 +8,7 @@ import numpy as np
 
 from rlvr_jax.data.problems import Problem, group_by_id
 from rlvr_jax.data.prompts import PromptSet
-from rlvr_jax.evaluation import avg_at_k, avg_per_problem, bootstrap_interval, pass_at_k
+from rlvr_jax.evaluation import avg_at_k, avg_per_problem, mean_interval, pass_at_k
 from rlvr_jax.rewards.pool import GraderPool
 from train.config import Config
 from train.rollout import Decoder, eval_seed, rows_done
@@ -30,7 +30,7 @@ def evaluate(
     """`eval.n` responses to every validation problem, with the same random numbers at every evaluation.
 
     Returns:
-      The metrics (with a 95% bootstrap interval of Avg@n over problems), and one readable row a response.
+      The metrics, and one readable row a response. Avg@n has its 95% interval over problems, NaN with one problem.
     """
     settings, reward = config.eval, config.reward
     on_phase("eval")
@@ -56,7 +56,7 @@ def evaluate(
     texts = [decoder.text(tokens) for _, tokens, _ in samples]
     graded = pool.grade(reward.rule, texts, [problem.answer for problem, _, _ in samples])
     correct = np.array([verdict.correct for verdict in graded]).reshape(len(prompts), settings.n)
-    low, high = bootstrap_interval(avg_per_problem(correct, settings.n))
+    _, low, high = mean_interval(avg_per_problem(correct, settings.n))
     lengths = [len(tokens) for _, tokens, _ in samples]
     metrics = {
         f"avg@{settings.n}": avg_at_k(correct, settings.n),

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.distributed import cluster
+from rlvr_jax.evaluation import bracketed
 from rlvr_jax.files import remove_leftovers, write_json
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.hf import load_hf
@@ -288,7 +289,7 @@ class _Run:
         else:
             avg = f"avg@{self.config.eval.n}"
             numbers = [f"{name} {x:.3f}" for name, x in metrics.items() if name.startswith("pass@")]
-            interval = f"[{metrics[f'{avg}_low']:.3f}, {metrics[f'{avg}_high']:.3f}]"
+            interval = bracketed(metrics[f"{avg}_low"], metrics[f"{avg}_high"], ".3f")
             line = "  ".join([f"{avg} {metrics[avg]:.3f} {interval}", *numbers])
             self.display.line(f"eval after step {self.trainer_steps}  {line}")
 

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from rlvr_jax.evaluation import bracketed
 from rlvr_jax.files import atomic_path
 from rlvr_jax.microscope.columns import Figure
 
@@ -145,10 +146,7 @@ def _numbers(values: list[float | None]) -> np.ndarray:
 def _said(interval: dict[str, float | None], digits: int = 2) -> str:
     if interval["value"] is None:
         return "–"
-    low, high = interval["low"], interval["high"]
-    if low is None or high is None:  # of one problem
-        return f"{interval['value']:.{digits}f}"
-    return f"{interval['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{interval['value']:.{digits}f} {bracketed(interval['low'], interval['high'], f'.{digits}f')}"
 
 
 def _stairs(axes: Axes, counts: list[int], edges: list[float], **options: Any) -> None:

@@ -5,15 +5,15 @@ where responses are sampled at temperature 1 from the whole distribution). So a 
 is reported is how far the two histograms overlap and what lies in their tails, for dlogp and the magnitudes alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from rlvr_jax.evaluation import Interval, mean_interval
 from rlvr_jax.microscope import statistics
 from rlvr_jax.microscope.files import TokenTable
-from rlvr_jax.microscope.statistics import Interval
 
 METRICS = ("entropy_base", "entropy_rl", "kl", "kl_reverse", "js_true", "delta_logp")
 CRITERIA = ("delta_logp", "abs_delta_logp", "entropy_base", "entropy_rl", "kl", "kl_reverse", "js", "js_true")
@@ -31,7 +31,8 @@ class Options(NamedTuple):
       rate: share of tokens that each criterion selects for the comparison of criteria, and that "high dlogp" means.
       extremes: tokens listed at either end of dlogp.
       context: tokens shown before and after them.
-      resamples, confidence, seed: of the intervals.
+      confidence: of the intervals.
+      resamples, seed: of the bootstrap that the intervals of overlaps come from.
     """
 
     tail: float = 0.05
@@ -62,7 +63,7 @@ def findings(table: TokenTable, options: Options | None = None) -> dict[str, Any
             name: {
                 "responses": sum(r.source == name for r in table.responses),
                 "tokens": int((data.source == i).sum()),
-                "mean_delta_logp": data.mean("delta_logp", data.source == i),
+                "mean_delta_logp": data.mean(data.values["delta_logp"], data.source == i),
             }
             for i, name in enumerate(data.sources)
         },
@@ -100,12 +101,18 @@ class _Data:
         self.source = np.array([places.get(r.source, -1) for r in table.responses])[self.response]
         self.lengths = np.array([r.length for r in table.responses])
 
-    def interval(self, statistic: Callable[..., np.ndarray | float], *sums: np.ndarray) -> Interval:
-        """`statistics.bootstrap` with the options."""
-        options = self.options
-        return statistics.bootstrap(
-            statistic, *sums, confidence=options.confidence, resamples=options.resamples, seed=options.seed
-        )
+    def means(
+        self, values: np.ndarray, weights: np.ndarray, bounds: tuple[float, float] | None = (0.0, 1.0)
+    ) -> dict[str, Any]:
+        """`mean_interval` of each column of a problem's sums `[P, ...]`, as JSON-able values."""
+        values, weights = np.broadcast_arrays(values, weights)
+        found = np.empty((3, *values.shape[1:]))
+        for at in np.ndindex(values.shape[1:]):
+            column = (slice(None), *at)
+            found[column] = mean_interval(
+                values[column], weights[column], bounds=bounds, confidence=self.options.confidence
+            )
+        return plain(Interval(*found))
 
     def sums(self, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """[P, ...] of the chosen tokens."""
@@ -119,20 +126,13 @@ class _Data:
         """Problems that have no such token are zeros."""
         return np.concatenate([counts, np.zeros((self.problems - len(counts), *counts.shape[1:]))])
 
-    def mean(self, name: str, chosen: np.ndarray) -> dict[str, float | None]:
-        """A mean over tokens and its interval."""
-        return plain(
-            self.interval(ratio, self.sums(self.values[name], chosen), self.sums(np.ones(len(chosen)), chosen))
-        )
+    def mean(self, values: np.ndarray, chosen: np.ndarray, bounds: tuple[float, float] | None = None) -> dict[str, Any]:
+        """The mean of the chosen tokens and its interval."""
+        return self.means(self.sums(values, chosen), self.sums(np.ones(len(chosen)), chosen), bounds)
 
-    def share(self, hit: np.ndarray, chosen: np.ndarray) -> dict[str, float | None]:
+    def share(self, hit: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
         """The share of the chosen tokens that are hit, and its interval."""
-        return plain(self.interval(ratio, self.sums(hit, chosen), self.sums(np.ones(len(chosen)), chosen)))
-
-
-def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below; NaN where below is 0."""
-    return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below != 0)
+        return self.mean(hit, chosen, (0.0, 1.0))
 
 
 def plain(interval: Interval) -> dict[str, Any]:
@@ -177,7 +177,12 @@ def _histograms(data: _Data, name: str) -> dict[str, Any]:
         pair = [data.sources.index("base"), data.sources.index("rl")]
         tails = [data.counts(name, edges, tail & (data.source == i)) for i in pair]
         for key, counts in (("overlap", [by_source[i] for i in pair]), ("overlap_tail", tails)):
-            value, low, high = data.interval(statistics.overlap, *counts)
+            value, low, high = statistics.bootstrap(
+                *(statistics.overlap, *counts),
+                confidence=data.options.confidence,
+                resamples=data.options.resamples,
+                seed=data.options.seed,
+            )
             # A resample has fewer different tokens, so it overlaps less: the interval lies on the other side.
             ends = np.clip([2 * value - high, 2 * value - low], 0, 1)
             out[key] = plain(Interval(value, *ends))
@@ -211,16 +216,15 @@ def _gradient(data: _Data, source: int) -> dict[str, Any]:
         data.values[f"logp_{writer}"][chosen], edges, groups=data.problem[chosen]
     )
     tokens, mass = data.padded(tokens), data.padded(mass)
-    share = data.interval(lambda x: ratio(x, x.sum(-1, keepdims=True)), mass)
     unlikely = edges[:-1] < 0.5
     return {
         "probability_of": writer,
         "edges": edges.tolist(),
-        "token_share": plain(data.interval(lambda x: ratio(x, x.sum(-1, keepdims=True)), tokens)),
-        "mass_share": plain(share),
-        "mass_per_token": plain(data.interval(ratio, mass, tokens)),
-        "tokens_below_half": plain(data.interval(lambda x: ratio(x[:, unlikely].sum(-1), x.sum(-1)), tokens)),
-        "mass_below_half": plain(data.interval(lambda x: ratio(x[:, unlikely].sum(-1), x.sum(-1)), mass)),
+        "token_share": data.means(tokens, tokens.sum(-1, keepdims=True)),
+        "mass_share": data.means(mass, mass.sum(-1, keepdims=True)),
+        "mass_per_token": data.means(mass, tokens),
+        "tokens_below_half": data.means(tokens[:, unlikely].sum(-1), tokens.sum(-1)),
+        "mass_below_half": data.means(mass[:, unlikely].sum(-1), mass.sum(-1)),
     }
 
 
@@ -236,8 +240,8 @@ def _high(data: _Data, source: int) -> dict[str, Any]:
         for model in ("base", "rl"):
             p = np.exp(data.values[f"logp_{model}"].astype(float))
             counts = statistics.histogram(p[members], edges, groups=data.problem[members])
-            mean = data.interval(ratio, data.sums(p, members), data.sums(np.ones(len(p)), members))
-            out[group][f"p_{model}"] = {"counts": counts.sum(0).astype(int).tolist(), "mean": plain(mean)}
+            mean = data.mean(p, members, (0.0, 1.0))
+            out[group][f"p_{model}"] = {"counts": counts.sum(0).astype(int).tolist(), "mean": mean}
     return out
 
 
@@ -263,7 +267,7 @@ def _position(data: _Data, source: int) -> dict[str, Any]:
             for key, x in (("mean", delta), ("mean_absolute", np.abs(delta)))
         }
         out[name] = {"edges": edges[name].tolist(), "tokens": tokens.sum(0).astype(int).tolist()}
-        out[name] |= {key: plain(data.interval(ratio, x, tokens)) for key, x in sums.items()}
+        out[name] |= {key: data.means(x, tokens, None) for key, x in sums.items()}
     return out
 
 
@@ -285,7 +289,7 @@ def _agreement(data: _Data, source: int) -> dict[str, Any]:
         "criteria": list(CRITERIA),
         "tau": [x.tau for x in found],
         "share": [x.share for x in found],
-        "jaccard": plain(data.interval(statistics.jaccard, both, either)),
+        "jaccard": data.means(both, either),
         "jaccard_by_chance": rate / (2 - rate),
     }
 
@@ -345,7 +349,7 @@ def _token_types(data: _Data) -> dict[str, Any]:
                 "id": int(ids[i]),
                 "count": int(counts[i]),
                 "problems": int(in_problems[i]),
-                "mean_delta_logp": data.mean("delta_logp", place == i),
+                "mean_delta_logp": data.mean(delta, place == i),
             }
             for i in kept
         ]

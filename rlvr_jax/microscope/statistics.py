@@ -11,15 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rlvr_jax.direction import FIRES_BELOW
+from rlvr_jax.evaluation import Interval
 from rlvr_jax.scoring import threshold_for_share
 
-
-class Interval(NamedTuple):
-    """An estimate from all problems, and the percentile bootstrap interval of it."""
-
-    value: np.ndarray | float
-    low: np.ndarray | float
-    high: np.ndarray | float
+_TOGETHER = 100  # resamples, or problems that are left out in turn: so that wide sums need little memory
 
 
 def histogram(
@@ -63,7 +58,7 @@ def overlap_if_alike(
     """Mean and central range of the `overlap` of these tokens if it did not matter which of the two they are from.
 
     Few tokens over many bins overlap by less than 1 even then, so an overlap has to be read beside this. Each draw
-    swaps a and b in a random half of the problems.
+    swaps a and b in a random half of the problems. NaN where fewer than two problems have tokens.
 
     Args:
       counts_a, counts_b: `[P, bins]`, a problem's counts.
@@ -72,7 +67,7 @@ def overlap_if_alike(
     swapped_RP = np.random.default_rng(seed).integers(0, 2, (draws, len(a_PK))).astype(float)
     drawn = overlap(swapped_RP @ a_PK + (1 - swapped_RP) @ b_PK, swapped_RP @ b_PK + (1 - swapped_RP) @ a_PK)
     kept = np.asarray(drawn)[~np.isnan(drawn)]
-    if not (kept.size and a_PK.any() and b_PK.any()):
+    if not (kept.size and a_PK.any() and b_PK.any()) or (a_PK + b_PK).any(1).sum() < 2:
         return Interval(np.nan, np.nan, np.nan)
     return Interval(np.mean(kept), *np.quantile(kept, [(1 - confidence) / 2, (1 + confidence) / 2]))
 
@@ -104,6 +99,9 @@ def bootstrap(
 ) -> Interval:
     """Percentile bootstrap over problems of a function of sums over tokens.
 
+    It suits any statistic, but it is too narrow for few problems (below about 20) and for shares near 0 and 1. For a
+    mean or a share take `rlvr_jax.evaluation.mean_interval`.
+
     Args:
       statistic: maps sums `[R, ...]`, one array each of `sums`, to `[R, ...]`. A resample that leaves it NaN (no token
         to look at) is left out.
@@ -112,7 +110,8 @@ def bootstrap(
       resamples: how many; the numbers depend on `seed` alone.
 
     Returns:
-      The estimate and its interval; of a single problem, which says nothing of others, the ends are NaN.
+      The estimate and its interval. The ends are NaN where a single problem carries the estimate, that is where it is
+      NaN without that problem: one problem says nothing of others.
     """
     arrays = [np.asarray(x, float) for x in sums]
     counts = {len(x) for x in arrays}
@@ -123,19 +122,26 @@ def bootstrap(
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: expected at least 1")
     (count,) = counts
-    value = np.asarray(statistic(*(x.sum(0, keepdims=True) for x in arrays)))[0]
+    totals = [x.sum(0, keepdims=True) for x in arrays]
     rng = np.random.default_rng(seed)
-    parts = []
-    for start in range(0, resamples, 100):  # so that wide sums need little memory
-        drawn_RP = rng.multinomial(count, np.full(count, 1 / count), size=min(100, resamples - start)).astype(float)
-        parts.append(statistic(*(np.tensordot(drawn_RP, x, axes=1) for x in arrays)))
-    resampled = np.concatenate(parts)
+    without, drawn = [], []
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = np.asarray(statistic(*totals))[0]
+        for start in range(0, count, _TOGETHER):
+            rows = slice(start, start + _TOGETHER)
+            without.append(statistic(*(total - x[rows] for total, x in zip(totals, arrays, strict=True))))
+        for start in range(0, resamples, _TOGETHER):
+            size = min(_TOGETHER, resamples - start)
+            drawn_RP = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(float)
+            drawn.append(statistic(*(np.tensordot(drawn_RP, x, axes=1) for x in arrays)))
+    known = ~np.isnan(np.concatenate(without)).any(0) & (count > 1)
+    resampled = np.concatenate(drawn)
     quantiles = [(1 - confidence) / 2, (1 + confidence) / 2]
-    finite = ~np.isnan(resampled)
     low, high = np.full(value.shape, np.nan), np.full(value.shape, np.nan)
     for at in np.ndindex(value.shape):
-        kept = resampled[(slice(None), *at)][finite[(slice(None), *at)]]
-        if kept.size and count > 1:
+        column = resampled[(slice(None), *at)]
+        kept = column[~np.isnan(column)]
+        if known[at] and kept.size:
             low[at], high[at] = np.quantile(kept, quantiles)
     return Interval(value, low, high)
 
@@ -173,17 +179,11 @@ def select_share(criterion: str, values: ArrayLike, share: float) -> Selection:
     return Selection(threshold.tau, float(selected_N.mean()), selected_N)
 
 
-def jaccard(both: ArrayLike, either: ArrayLike) -> np.ndarray:
-    """Tokens that both select over those that at least one selects; NaN where neither selects any."""
-    both, either = np.asarray(both, float), np.asarray(either, float)
-    return np.divide(both, either, out=np.full(np.broadcast(both, either).shape, np.nan), where=either > 0)
-
-
 def agreement(selections: Sequence[ArrayLike], groups: ArrayLike, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(both, either), each `[count, C, C]`: tokens of each problem that both of two criteria, or at least one, select.
 
-    Feed the sums over problems to `jaccard`, through `bootstrap` for an interval. Two criteria that select a share s at
-    random would have a Jaccard index near s / (2 - s).
+    The Jaccard index of two criteria is the sum of `both` over problems by that of `either`. Of two that select a share
+    s at random it would be near s / (2 - s).
     """
     chosen_NC = np.stack([np.asarray(x, float) for x in selections], axis=1)
     group_N = np.asarray(groups, int)
