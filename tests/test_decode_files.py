@@ -7,11 +7,13 @@ import types
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from decode.config import Setting
 from decode.results import Row, RowLog, Timing, TokenParts, check_resume, published, write_config
 from decode.summary import references, remarks, summarise, summary_table, with_differences, write_summaries
 from decode.sweep import resolve
+from rlvr_jax.evaluation import mean_interval
 from tests.test_decode_config import PAIR, change
 
 
@@ -145,8 +147,8 @@ def test_the_summary_counts_by_hand(tmp_path):
     assert dict(zip(lines[0].split(","), lines[2].split(","), strict=True))["pass_at_k.4"] == "1.0"
     assert summary_table([got]).row_count == 1
     assert got["maj_at_k"] == 1.0  # 3: "1" has three of four votes; 4: "9" is the only answer
-    assert got["maj_interval"] == [1.0, 1.0]
-    assert got["interval"] == [0.25, 0.75]  # of 3/4 and 1/4: one of the two twice
+    assert got["maj_interval"] == [pytest.approx(0.025**0.5), 1.0]  # of two problems: nearly nothing is known
+    assert got["interval"] == mean_interval([3 / 4, 1 / 4]).ends
     assert got["pass_intervals"]["1"] == pytest.approx(got["interval"])
 
 
@@ -179,7 +181,8 @@ def test_differences_are_paired_over_problems():
         Setting("rl_cold", "rl", temperature=0.3, role="temperatures"),
         Setting("other_redraw", "pair", "delta_logp", -0.4, 0.0),
     ]
-    found = {s.name: {role: other.name for role, other in references(s, settings).items()} for s in settings}
+    named = [outcome(setting, []) for setting in settings]
+    found = {x.setting.name: {role: other.setting.name for role, other in references(x, named).items()} for x in named}
     assert found == {
         "extra": {"rl": "rl", "gamma0": "redraw"},
         "redraw": {"rl": "rl"},
@@ -189,7 +192,11 @@ def test_differences_are_paired_over_problems():
     }
     # `none` is the sampled model alone, and so a reference too
     none = Setting("alone", "pair", "none", sample_from="base")
-    assert references(extra, [extra, none])["base"] == none
+    assert references(outcome(extra, []), [outcome(extra, []), base := outcome(none, [])])["base"] is base
+    # A model alone beside settings that sample in two ways is compared as it is sampled itself.
+    warm = outcome(dataclasses.replace(extra, name="warm", temperature=0.3), [])
+    assert references(named[3], [*named, warm]) == {}
+    assert references(warm, [*named, warm]) == {"rl": named[3]}
     # right on 0..5 against 2..6: half a problem in eight better, and not one problem more
     outcomes = [outcome(settings[0], range(6)), outcome(settings[1], range(2, 7)), outcome(settings[2], range(6))]
     records = with_differences(outcomes)
@@ -199,9 +206,11 @@ def test_differences_are_paired_over_problems():
     low, high = against["gamma0"]["avg_at_k"]["interval"]
     assert low < 0 < high
     unpaired = np.sqrt(2 * 0.25 / 8)
-    assert high - low < 2 * 1.96 * unpaired
-    # the same problems right: paired, there is no uncertainty at all
-    assert against["rl"]["avg_at_k"] == {"difference": 0.0, "interval": [0.0, 0.0]}
+    t = stats.t.ppf(0.975, 7)
+    assert high - low < 2 * t * unpaired
+    # the same problems right: eight problems without a difference leave room for one in some of all problems
+    unseen = 1 - 0.025 ** (1 / 8)
+    assert against["rl"]["avg_at_k"] == {"difference": 0.0, "interval": pytest.approx([-unseen, unseen])}
     assert against["rl"]["maj_at_k"]["difference"] == against["rl"]["pass_at_k"]["difference"] == 0
     # only the problems that both have
     short = outcome(settings[2], range(6), range(4, 12))
