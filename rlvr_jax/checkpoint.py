@@ -1,22 +1,37 @@
-"""Checkpoints of a whole run: the train state, plain values, and host arrays; each whole or absent."""
+"""Checkpoints of a whole run: the train state, plain values, and host arrays; each whole, or known to be damaged."""
 
+import contextlib
+import inspect
+import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from rlvr_jax import checksums
 from rlvr_jax.checkpoint_s3 import extend_orbax_to_s3
+from rlvr_jax.distributed import cluster
 from rlvr_jax.remote import filesystem, is_url
 
 log = logging.getLogger(__name__)
 # Orbax reports every stage of every save at INFO through absl; a run has its own progress display.
 logging.getLogger("absl").setLevel(logging.WARNING)
+
+T = TypeVar("T")
+# Trouble of a place or of this machine, as stores of objects and tensorstore name it: no file is damaged by it.
+_TROUBLE = ("UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED")
+_OLD_KEYS, _KEYS = {"host", "empty"}, {"host", "empty", "sums", "crc32"}
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are not what was saved; the message names its folder and what is wrong there."""
 
 
 class Restored(NamedTuple):
@@ -32,7 +47,9 @@ class Checkpoints:
     """The checkpoints of one run, a folder a step, written in the background.
 
     A checkpoint counts only when complete (a folder gets its final name then, and at a URL a file that says so), so a
-    run killed while saving resumes from the one before. Use as a context manager: leaving it waits for the last save.
+    run killed while saving resumes from the one before. It holds checksums of its values (`rlvr_jax.checksums`): what is
+    read back is what was saved, or `DamagedCheckpoint` is raised, in all processes alike.
+    Use as a context manager: leaving it waits for the last save.
 
     Args:
       directory: where the step folders go, made when missing: a folder, gs://... or s3://...
@@ -74,40 +91,87 @@ class Checkpoints:
             return
         arrays = dict(arrays or {})
         # tensorstore cannot write arrays of size 0: their dtype and shape go with the plain values.
-        empty = {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items() if x.size == 0}
+        full = {name: x for name, x in arrays.items() if x.size}
+        outer = {
+            "host": dict(host),
+            "empty": {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items() if x.size == 0},
+            "sums": {"state": checksums.of_tree(state), "arrays": checksums.of_arrays(full)},
+        }
         items = {
             "state": ocp.args.StandardSave(state),
-            "host": ocp.args.JsonSave({"host": dict(host), "empty": empty}),
+            "host": ocp.args.JsonSave(outer | {"crc32": checksums.of_plain(outer)}),
         }
-        if full := {name: x for name, x in arrays.items() if x.size}:
+        if full:
             items["arrays"] = ocp.args.StandardSave(full)
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def host(self, step: int) -> dict:
-        """The plain values of a checkpoint alone: what to look at before anything large is read."""
-        return self._host(step)["host"]
+        """The plain values of a checkpoint alone: what to look at before anything large is read.
+
+        Raises:
+          DamagedCheckpoint: they are not what was saved.
+        """
+        return self._outer(step)["host"]
 
     def restore(self, like: Any, step: int) -> Restored:
         """Reads the checkpoint of `step`.
+
+        One that an older version wrote has no checksums: it is taken as it is, with a warning.
 
         Args:
           like: pytree of arrays or of `jax.ShapeDtypeStruct`s with shardings: the structure, dtypes and placement of
             the state. The mesh may differ from the one that saved it.
 
         Raises:
-          ValueError: no such step.
+          ValueError: no such step, or a state of another structure than `like`.
+          DamagedCheckpoint: a part cannot be read, or its values are not what was saved.
+          OSError: the place cannot be read.
         """
         if step not in self._manager.all_steps():
             raise ValueError(f"no checkpoint of step {step} in {self._manager.directory}; there are {self.steps}")
-        outer = self._host(step)
-        items = {"state": ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))}
-        has_arrays = (epath.Path(self._manager.directory) / str(step) / "arrays").exists()
-        if has_arrays:
-            items["arrays"] = ocp.args.StandardRestore()
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        arrays = {name: np.asarray(x) for name, x in restored["arrays"].items()} if has_arrays else {}
+        outer, folder = self._outer(step), self.folder(step)
+        sums = outer.get("sums")
+        if sums is None:
+            log.warning("%s: an older version wrote it, without checksums; damage would not be noticed", folder)
+        else:
+            _require_same_forms(folder, {name: one[:2] for name, one in sums["state"].items()}, like)
+
+        def read() -> tuple[Any, dict[str, np.ndarray]]:
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            state = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(target))
+            arrays = {}
+            if sums["arrays"] if sums is not None else (folder / "arrays").exists():
+                arrays = ocp.StandardCheckpointHandler().restore(folder / "arrays", args=ocp.args.StandardRestore())
+            arrays = {name: np.asarray(x) for name, x in arrays.items()}
+            if sums is not None and checksums.of_arrays(arrays) != sums["arrays"]:
+                raise ValueError("arrays are not what was saved, by their checksums")
+            return state, arrays
+
+        state, arrays = self._whole(step, read)
+        if sums is not None:
+            found = checksums.of_tree(state)  # of all processes together, so after all have read
+            if other := [name for name, one in sums["state"].items() if found[name] != one]:
+                raise DamagedCheckpoint(f"{folder}: damaged: state{other[0]} is not what was saved, by its checksum")
         arrays |= {name: np.zeros(shape, dtype) for name, (dtype, shape) in outer["empty"].items()}
-        return Restored(step, restored["state"], outer["host"], arrays)
+        return Restored(step, state, outer["host"], arrays)
+
+    def folder(self, step: int) -> epath.Path:
+        """Where the checkpoint of a step lies."""
+        return epath.Path(self._manager.directory) / str(step)
+
+    def set_aside(self, step: int) -> epath.Path:
+        """Renames the folder of a checkpoint to N.damaged, so that it counts as none; all processes call it."""
+        folder = self.folder(step)
+        target = folder.with_name(f"{step}.damaged")
+        if cluster().main:
+            number = 1
+            while target.exists():
+                number += 1
+                target = folder.with_name(f"{step}.damaged-{number}")
+            folder.rename(target)
+        target = epath.Path(cluster().broadcast(os.fspath(target)))
+        self._manager.reload()
+        return target
 
     @property
     def steps(self) -> list[int]:
@@ -123,8 +187,68 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
 
-    def _host(self, step: int) -> dict:
-        return self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+    def _outer(self, step: int) -> dict:
+        """What `save` wrote beside the arrays."""
+
+        def read() -> dict:
+            outer = json.loads((self.folder(step) / "host" / "metadata").read_text())
+            if not isinstance(outer, dict) or outer.keys() not in (_OLD_KEYS, _KEYS):
+                raise ValueError("host/metadata does not have what was saved there")
+            if "crc32" in outer and outer.pop("crc32") != checksums.of_plain(outer):
+                raise ValueError("host/metadata is not what was saved, by its checksum")
+            return outer
+
+        return self._whole(step, read)
+
+    def _whole(self, step: int, read: Callable[[], T]) -> T:
+        """What `read` gives; DamagedCheckpoint in all processes where it raises in one. They do not wait in `read`."""
+        self.wait()
+        value, problem = None, ""
+        try:
+            with _one_error():
+                value = read()
+        except Exception as error:  # tensorstore and orbax raise most kinds for damaged files
+            if _is_trouble(error):
+                raise
+            problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        problems = [p.decode() for p in cluster().all_gather("checkpoint", problem.encode())]
+        if any(problems):
+            raise DamagedCheckpoint(f"{self.folder(step)}: damaged: {next(filter(None, problems))}")
+        return value  # pyright: ignore[reportReturnType]
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Where the block raises, Python says no more of the reads beside the failed one, which orbax drops unfinished."""
+    logger, before = logging.getLogger("asyncio"), sys.unraisablehook
+    level = logger.level
+
+    def of_others(args: Any) -> None:
+        if not inspect.iscoroutine(args.object) and str(args.exc_value) != "Event loop is closed":
+            before(args)
+
+    sys.unraisablehook = of_others
+    logger.setLevel(logging.CRITICAL)
+    yield
+    sys.unraisablehook = before
+    logger.setLevel(level)
+
+
+def _is_trouble(error: Exception) -> bool:
+    """Whether a failed read or write is due to the place or the machine, and not to the files there."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return isinstance(error, MemoryError) or any(word in str(error) for word in _TROUBLE)
+
+
+def _require_same_forms(folder: epath.Path, saved: Mapping[str, list], like: Any) -> None:
+    wanted = checksums.forms_of(like)
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{folder}: state{name} was saved as {saved.get(name)}, and {wanted.get(name)} is expected: "
+                "another version made this checkpoint"
+            )
 
 
 def any_there(directory: str | os.PathLike[str]) -> bool:

@@ -196,6 +196,9 @@ class CheckpointConfig:
     """Trainer steps between checkpoints; 0: the last step only."""
     keep: int | None = None
     """Newest checkpoints kept; None: all."""
+    fallback: bool = False
+    """Where the newest checkpoint is damaged, resume from the newest whole one before it (the damaged one is renamed to
+    N.damaged). Without it a run with a damaged checkpoint is refused."""
     generated: bool = True
     """Keep graded generation batches in run_dir/generated until a checkpoint covers them: a killed run reads them
     again instead of decoding them again. 8 bytes a response token on disk."""

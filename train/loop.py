@@ -29,7 +29,7 @@ from train.groups import Group, from_plain, to_plain
 from train.metrics import MetricLog, plain, write_jsonl
 from train.microscope import observe
 from train.prepare import Job
-from train.resume import fingerprint
+from train.resume import fingerprint, restore
 from train.rollout import Collected, Collector, Decoder
 from train.step_metrics import PhaseClock, memory_metrics, phase_metrics
 from train.together import SharedPool, SharedSpool, require_same_groups
@@ -105,12 +105,11 @@ class _Run:
             self.cluster.watch.asked = lambda: self.preemption.asked
         self.ahead = stack.enter_context(Ahead(job.mesh)) if config.rollout.one_step_off else None
         self.counted = self.collector.counters
-        if job.resume_from is not None:
-            self._restore(job.resume_from)
+        resumed_from = None if job.resume_from is None else self._restore(job.resume_from)
         self.metrics = None
         if self.cluster.main:
             self.metrics = MetricLog(
-                self.folder, after_step=job.resume_from, tensorboard=config.log.tensorboard, trackers=trackers
+                self.folder, after_step=resumed_from, tensorboard=config.log.tensorboard, trackers=trackers
             )
             stack.callback(self.metrics.close)
         self.evaluated = self.cluster.broadcast(self.metrics and self.metrics.last_step("eval"))
@@ -364,8 +363,9 @@ class _Run:
         self.spool.discard(self.covered)  # by the checkpoint before: this one is being written
         self.covered = position.drawn
 
-    def _restore(self, step: int) -> None:
-        restored = self.checkpoints.restore(self.trainer.state, step)
+    def _restore(self, step: int) -> int:
+        """Takes up the run from the checkpoint of `step`, or an older one; the step of what was restored."""
+        restored = restore(self.checkpoints, self.trainer.state, step, fallback=self.config.checkpoint.fallback)
         self.trainer.state = restored.state
         self.trainer_steps = restored.host["trainer_steps"]
         self.skips = Skips(**restored.host.get("skips", {}))  # older checkpoints have none
@@ -375,6 +375,7 @@ class _Run:
             begins = "ahead_"
             arrays = {name.removeprefix(begins): x for name, x in restored.arrays.items() if name.startswith(begins)}
             self.ahead.put(Collected(from_plain(saved["groups"], arrays, self.config.rollout.n), saved["metrics"]))
+        return restored.step
 
     def _export(self, folder: Path) -> None:
         self._phase("export")

@@ -127,7 +127,9 @@ def check(config: Config) -> Job:
         mesh=mesh,
         rollout_mesh=decode_mesh(mesh, [model_config.num_kv_heads], config.rollout.tensor),
         record=record,
-        resume_from=resumable(place, record, MAY_CHANGE, defaults=config_dict(Config())),
+        resume_from=resumable(
+            place, record, MAY_CHANGE, defaults=config_dict(Config()), fallback=config.checkpoint.fallback
+        ),
         folder=place,
     )
 

@@ -1,12 +1,23 @@
 """Where a run is kept, and whether there is one to go on with."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
+from typing import Any
 
-from rlvr_jax.checkpoint import Checkpoints, any_there, check_place, require_same_config
+from rlvr_jax.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    Restored,
+    any_there,
+    check_place,
+    require_same_config,
+)
 from rlvr_jax.distributed import cluster
+from rlvr_jax.program import RunError
 from rlvr_jax.run_folder import RunFolder
 
+log = logging.getLogger(__name__)
 GOES_ON_FROM = ("metrics.jsonl", "trackers.json", "generated", "compile_cache")
 
 
@@ -18,20 +29,74 @@ def run_folder(run_dir: str) -> RunFolder:
 
 
 def resumable(
-    folder: RunFolder, record: dict, may_change: Sequence[str], *, defaults: dict | None = None
+    folder: RunFolder,
+    record: dict,
+    may_change: Sequence[str],
+    *,
+    defaults: dict | None = None,
+    fallback: bool = False,
 ) -> int | None:
-    """Step of the newest checkpoint of a run; ValueError if it was made with another configuration.
+    """Step of the newest checkpoint of a run, as far as its plain values say; None where there is none.
 
     An option that is younger than the checkpoint had the value that it has in `defaults`.
+
+    Raises:
+      ValueError: it was made with another configuration; it is damaged, and `fallback` does not allow an older one.
     """
     if not cluster().broadcast(any_there(folder.checkpoints)):
         return None
     with Checkpoints(folder.checkpoints) as checkpoints:
-        step = cluster().broadcast(checkpoints.latest)
-        if step is not None:
-            saved = _filled(checkpoints.host(step)["config"], defaults or {})
+        steps = cluster().broadcast(checkpoints.steps)
+        for step in reversed(steps):
+            try:
+                saved = _filled(checkpoints.host(step)["config"], defaults or {})
+            except DamagedCheckpoint as error:
+                _passed_over(error, step, steps, fallback)
+                continue
             require_same_config(saved, record, may_change=may_change)
-        return step
+            return step
+    return None
+
+
+def restore(checkpoints: Checkpoints, like: Any, step: int, *, fallback: bool) -> Restored:
+    """The checkpoint of `step`; where it is damaged and `fallback` allows it, the newest whole one before it.
+
+    Damaged ones that are newer than what is restored are renamed to N.damaged: their steps will be made again.
+
+    Raises:
+      RunError: it cannot be restored, or none can.
+    """
+    steps = cluster().broadcast(checkpoints.steps)
+    for older in [one for one in reversed(steps) if one <= step]:
+        try:
+            restored = checkpoints.restore(like, older)
+        except ValueError as error:
+            if not isinstance(error, DamagedCheckpoint):
+                raise RunError(str(error)) from error
+            try:
+                _passed_over(error, older, steps, fallback)
+            except ValueError as refused:
+                raise RunError(str(refused)) from error
+            continue
+        for newer in [one for one in steps if one > older]:
+            log.warning("damaged checkpoint of step %d: kept as %s", newer, checkpoints.set_aside(newer))
+        return restored
+    raise RunError(f"no checkpoint up to step {step}; there are {steps}")
+
+
+def _passed_over(error: DamagedCheckpoint, step: int, steps: Sequence[int], fallback: bool) -> None:
+    """Warns of a damaged checkpoint; ValueError, which says how to go on, unless an older one may stand in for it."""
+    older = [one for one in steps if one < step]
+    if not older:
+        raise ValueError(
+            f"{error}; no older checkpoint exists: give another run folder, or remove the checkpoints to begin again"
+        ) from error
+    if not fallback:
+        raise ValueError(
+            f"{error}; --checkpoint.fallback resumes from the newest whole one before it (there are those of steps "
+            f"{', '.join(map(str, older))})"
+        ) from error
+    log.warning("%s; the one of step %d is tried (checkpoint.fallback)", error, older[-1])
 
 
 def fingerprint(*parts: bytes) -> str:

@@ -58,7 +58,7 @@ from train.display import Display
 from train.export import export
 from train.metrics import MetricLog
 from train.prepare import check_optim, mesh_for, model_folder, read_model_config
-from train.resume import fingerprint, resumable, run_folder
+from train.resume import fingerprint, restore, resumable, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -211,6 +211,7 @@ def check(config: SFTConfig) -> SFTJob:
             record,
             # at a constant rate, more steps are the same run, longer
             (*MAY_CHANGE, *(("steps", "epochs") if config.optim.schedule == "constant" else ())),
+            fallback=config.checkpoint.fallback,
         ),
         folder=run_place,
     )
@@ -283,14 +284,15 @@ def run(job: SFTJob) -> None:
         )
         batches = prompt_batches(range(len(job.tokens_NT)), config.batch, config.seed)
         checkpoints = stack.enter_context(Checkpoints(job.folder.checkpoints, keep=config.checkpoint.keep))
-        done = 0
+        done, resumed_from = 0, None
         if job.resume_from is not None:
-            restored = checkpoints.restore(state, job.resume_from)
+            restored = restore(checkpoints, state, job.resume_from, fallback=config.checkpoint.fallback)
             state, done = restored.state, restored.step
+            resumed_from = done
             batches.set_state(restored.host["data"])
         metrics = None
         if main:
-            metrics = MetricLog(folder, after_step=job.resume_from, tensorboard=config.tensorboard)
+            metrics = MetricLog(folder, after_step=resumed_from, tensorboard=config.tensorboard)
             stack.callback(metrics.close)
         preemption = stack.enter_context(Preemption())
         if watch is not None:
