@@ -39,7 +39,7 @@ from rlvr_jax.microscope.columns import ScoredResponse
 from rlvr_jax.microscope.files import Response
 from rlvr_jax.microscope.pair import iterate_pair
 from rlvr_jax.models.config import QwenConfig, platform_dtype
-from rlvr_jax.program import RunError, compile_cache, parse_config
+from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, parse_config, writing_to
 from rlvr_jax.remote import TEXT_FILES, is_url, local
 from rlvr_jax.run_folder import RunFolder
 
@@ -116,10 +116,14 @@ def run(job: Job | PageCommand) -> None:
             raise RunError(str(error)) from error
         return
     try:
-        with job.folder, job.lock, compile_cache(job.config.compile_cache, job.out):
-            _run(job)
-    except OSError as error:
-        raise RunError(f"{error}; the same command goes on where this run stopped") from error
+        with (
+            writing_to(job.config.out),
+            job.folder,
+            job.lock,
+            compile_cache(job.config.compile_cache, job.out),
+            Preemption() as preemption,
+        ):
+            _run(job, preemption)
     except ValueError as error:  # a damaged file, named
         raise RunError(str(error)) from error
     except jax.errors.JaxRuntimeError as error:
@@ -131,7 +135,7 @@ def run(job: Job | PageCommand) -> None:
         ) from error
 
 
-def _run(job: Job) -> None:
+def _run(job: Job, preemption: Preemption) -> None:
     config, out = job.config, job.out
     remove_leftovers(out)
     given = job.given
@@ -140,7 +144,7 @@ def _run(job: Job) -> None:
         given = _decoded(job.decode)
     assert given is not None
     if not (out / files.TOKENS).is_file():
-        _score(job, given)
+        _score(job, given, preemption)
     _claim(job)  # what may change in a finished one
     if not (out / files.VOCABULARY).is_file():
         files.write_vocabulary(out, lambda token: decode_ids(job.tokenizer, [token]))
@@ -196,8 +200,12 @@ def _decoded(job: decoding.Job) -> list[Given]:
 # ---- scoring -------------------------------------------------------------------------------------------------------
 
 
-def _score(job: Job, given: list[Given]) -> None:
-    """Writes responses.parquet and tokens.parquet; what parts of a killed run have is not scored again."""
+def _score(job: Job, given: list[Given], preemption: Preemption) -> None:
+    """Writes responses.parquet and tokens.parquet; what parts of a killed run have is not scored again.
+
+    Raises:
+      Preempted: the run was asked to end; what was scored is in parts.
+    """
     config, parts = job.config, job.out / "parts"
     remove_leftovers(parts)
     stretches = list(_stretches(given))
@@ -220,6 +228,8 @@ def _score(job: Job, given: list[Given]) -> None:
                     for _ in part:
                         progress.response()
                     progress.drawn(0, tokens)
+                    if preemption.asked:
+                        raise Preempted("stopped on request (SIGTERM), what was scored is saved; the same command resumes")
         files.write_responses(job.out, [_row(job.tokenizer, one) for one in given])
         files.write_tokens(job.out / files.TOKENS, _assembled(parts, stretches))
 

@@ -27,7 +27,7 @@ from rlvr_jax.decoding.memory import MemoryPlan
 from rlvr_jax.distributed import DistributedConfig, cluster, identity, initialize
 from rlvr_jax.files import write_json
 from rlvr_jax.models.config import platform_dtype
-from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, parse_config
+from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, parse_config, writing_to
 from rlvr_jax.rewards.pool import RULES, GraderPool
 from rlvr_jax.run_folder import RunFolder
 from rlvr_jax.sharding import make_mesh
@@ -91,12 +91,16 @@ def check(config: DecodeConfig) -> Job:
 def run(job: Job) -> None:
     """Does the job: decodes, grades, writes, summarises. Raises RunError for what ends a run."""
     try:
-        with job.folder, job.lock, compile_cache(job.config.compile_cache, job.out), Preemption() as preemption:
+        with (
+            writing_to(job.config.out),
+            job.folder,
+            job.lock,
+            compile_cache(job.config.compile_cache, job.out),
+            Preemption() as preemption,
+        ):
             if (watch := cluster().watch) is not None:
                 watch.asked = lambda: preemption.asked
             _run(job, preemption)
-    except OSError as error:
-        raise RunError(f"{error}; the same command goes on where this run stopped") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -137,7 +141,7 @@ def _run(job: Job, preemption: Preemption) -> None:
         cluster().phase(phase)
         watch = cluster().watch
         if preemption.asked if watch is None else watch.stop_here():
-            raise Preempted("asked to end (SIGTERM), what had ended is saved: the same command goes on")
+            raise Preempted("stopped on request (SIGTERM), responses that had ended are saved; the same command resumes")
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(progress)

@@ -1,6 +1,8 @@
 """Checkpoints of a whole run: the train state, plain values, and host arrays; each whole, or known to be damaged."""
 
 import contextlib
+import errno
+import functools
 import inspect
 import json
 import logging
@@ -21,8 +23,8 @@ from rlvr_jax.distributed import cluster
 from rlvr_jax.remote import filesystem, is_url
 
 log = logging.getLogger(__name__)
-# Orbax reports every stage of every save at INFO through absl; a run has its own progress display.
-logging.getLogger("absl").setLevel(logging.WARNING)
+# Orbax reports every stage of every save through absl; a run has its own progress display. Its errors are raised too.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 T = TypeVar("T")
 # Trouble of a place or of this machine, as stores of objects and tensorstore name it: no file is damaged by it.
@@ -62,6 +64,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike[str], *, keep: int | None = None):
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be None or at least 1 checkpoint, got {keep}")
+        _say_errors_once()
         self._manager = ocp.CheckpointManager(
             _place(directory),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -70,8 +73,12 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:
+                raise  # else what ended the block is what there is to say
 
     @property
     def latest(self) -> int | None:
@@ -86,6 +93,9 @@ class Checkpoints:
           state: pytree of jax arrays. It may be donated as soon as this returns.
           host: plain values that JSON can hold (counters, iterator states, the configuration).
           arrays: host arrays of any shape; empty ones are kept too.
+
+        Raises:
+          OSError: this one, or the one before, could not be written; the folder is named. So do `wait` and `close`.
         """
         if self.latest == step:
             return
@@ -103,7 +113,8 @@ class Checkpoints:
         }
         if full:
             items["arrays"] = ocp.args.StandardSave(full)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def host(self, step: int) -> dict:
         """The plain values of a checkpoint alone: what to look at before anything large is read.
@@ -178,14 +189,37 @@ class Checkpoints:
         """Steps of all complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def check(self) -> None:
+        """Raises what the save in the background has run into; see `save`."""
+        with self._writing():
+            self._manager.check_for_errors()
+
     def wait(self) -> None:
         """Blocks until the save in progress, if any, is complete."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the save in progress and ends the background threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            with self._writing():
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside, what orbax and tensorstore raise where a place cannot be written to becomes an OSError that says so."""
+        try:
+            yield
+        except Exception as error:
+            if not _is_trouble(error) or isinstance(error, jax.errors.JaxRuntimeError):
+                raise
+            full = os.strerror(errno.ENOSPC)
+            why = full if full in str(error) else str(error).splitlines()[0][:200]
+            raise OSError(
+                f"{self._manager.directory}: a checkpoint could not be written: {why}; those before it are whole"
+            ) from error
 
     def _outer(self, step: int) -> dict:
         """What `save` wrote beside the arrays."""
@@ -205,8 +239,7 @@ class Checkpoints:
         self.wait()
         value, problem = None, ""
         try:
-            with _one_error():
-                value = read()
+            value = read()
         except Exception as error:  # tensorstore and orbax raise most kinds for damaged files
             if _is_trouble(error):
                 raise
@@ -217,21 +250,17 @@ class Checkpoints:
         return value  # pyright: ignore[reportReturnType]
 
 
-@contextlib.contextmanager
-def _one_error() -> Iterator[None]:
-    """Where the block raises, Python says no more of the reads beside the failed one, which orbax drops unfinished."""
-    logger, before = logging.getLogger("asyncio"), sys.unraisablehook
-    level = logger.level
+@functools.cache
+def _say_errors_once() -> None:
+    """Keeps Python from printing what fails beside a failed read or write: orbax drops those tasks with their errors."""
+    before = sys.unraisablehook
 
     def of_others(args: Any) -> None:
         if not inspect.iscoroutine(args.object) and str(args.exc_value) != "Event loop is closed":
             before(args)
 
     sys.unraisablehook = of_others
-    logger.setLevel(logging.CRITICAL)
-    yield
-    sys.unraisablehook = before
-    logger.setLevel(level)
+    logging.getLogger("asyncio").addFilter(lambda record: "tensorstore" not in record.getMessage())
 
 
 def _is_trouble(error: Exception) -> bool:

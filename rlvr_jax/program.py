@@ -105,7 +105,7 @@ def run_program(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], No
 
     Returns:
       0; 2 when `prepare` raises ValueError or OSError; 75 when `run` raises Preempted; 1 when it raises another
-      RunError or OSError, or is interrupted; each with one sentence on stderr.
+      RunError or OSError, or is interrupted; each with one sentence on stderr, which "error:" begins but for 75.
       Any other exception propagates with its traceback. One of several processes ends at once, with 69 where another
       one is the cause (see `rlvr_jax.watch`).
     """
@@ -133,12 +133,26 @@ def _outcome(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], None]
     try:
         run(job)
     except Preempted as error:  # which all agree on
-        return _fail(error, PREEMPTED), ""
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return PREEMPTED, ""
     except (RunError, OSError) as error:
         return _fail(error, RUN_ERROR), str(error)
     except KeyboardInterrupt:
-        return _fail(RunError("interrupted; the same command goes on from what is saved"), RUN_ERROR), "interrupted"
+        return _fail(RunError("interrupted; the same command resumes from what is saved"), RUN_ERROR), "interrupted"
     return 0, ""
+
+
+@contextlib.contextmanager
+def writing_to(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, an OSError becomes the RunError of a run in `place`, which names it where the error itself names no file.
+
+    What a full disk raises names none.
+    """
+    try:
+        yield
+    except OSError as error:
+        said = f"{place}: {error.strerror}" if error.strerror and error.filename is None else error
+        raise RunError(f"{said}; the same command resumes from what is saved") from error
 
 
 @contextlib.contextmanager

@@ -143,7 +143,7 @@ def test_a_decode_asked_to_end_and_one_during_calibration(place, whole):
     for phase in ("calibrate,", "decode,"):
         for code, err in ended(decode(place, out, 2, (1, phase, 2, signal.SIGTERM.value))):
             assert code == PREEMPTED, err
-            assert "asked to end (SIGTERM), what had ended is saved" in err
+            assert "stopped on request (SIGTERM), responses that had ended are saved" in err
     finished(decode(place, out, 2))
     assert_same_responses(whole, out)
     code, err = ended(decode(place, place / "asked_1", 1, (0, "decode,", 2, signal.SIGTERM.value)))[0]
@@ -163,7 +163,7 @@ def test_supervised_training_in_several_processes(place):
     finished(sft(place, place / "sft", 1))
     for code, err in ended(sft(place, place / "sft_2", 2, (0, "update", 4, signal.SIGTERM.value))):
         assert code == PREEMPTED, err
-        assert re.search(r"asked to end \(SIGTERM\), saved after step \d+:", err)
+        assert re.search(r"stopped on request \(SIGTERM\) after step \d+, saved;", err)
     finished(sft(place, place / "sft_2", 4))
     runs = [place / "sft", place / "sft_2"]
     losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]

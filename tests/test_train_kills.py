@@ -127,7 +127,9 @@ def test_asked_to_end_it_saves_and_goes_on_as_if_nothing_had_been(place, monkeyp
             before = signal.getsignal(signal.SIGTERM)
             assert run_program(prepare, run) == PREEMPTED
             assert signal.getsignal(signal.SIGTERM) is before
-    assert "SIGTERM" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "stopped on request (SIGTERM) after trainer step 2, saved; the same command resumes" in said
+    assert "error:" not in said
     train(place, ended, **options)
     assert_same_run(folder, ended, 3)
 

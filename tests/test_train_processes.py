@@ -209,7 +209,8 @@ def test_asked_to_end_all_end_at_one_point_and_go_on(place, whole):
     for phase, count in (("update", 1), ("rollout", 2)):
         for code, err in ended(start(place, folder, 2, (1, phase, count, signal.SIGTERM.value), checkpoint__every=0)):
             assert code == PREEMPTED, err
-            assert "asked to end (SIGTERM), saved after trainer step" in err
+            assert "stopped on request (SIGTERM) after trainer step" in err
+            assert "error:" not in err
     finished(start(place, folder, 4, checkpoint__every=0))
     assert_same_run(whole, folder)
 

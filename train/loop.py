@@ -18,7 +18,7 @@ from rlvr_jax.evaluation import bracketed
 from rlvr_jax.files import remove_leftovers, write_json
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, config_dict, console
+from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, config_dict, console, writing_to
 from rlvr_jax.rewards.pool import rule_version
 from train.ahead import Ahead, own_copy
 from train.bad_batch import STOP_AFTER, Skips, save_bad_batch
@@ -51,7 +51,7 @@ SHOWN = {
 
 def run(job: Job) -> None:
     """Runs a checked job to its end; raises RunError where it cannot go on."""
-    with contextlib.ExitStack() as stack:
+    with writing_to(job.config.run_dir), contextlib.ExitStack() as stack:
         stack.enter_context(job.folder)
         stack.enter_context(compile_cache(job.config.compile_cache, job.folder.local))
         stack.enter_context(jax.set_mesh(job.mesh))
@@ -231,8 +231,8 @@ class _Run:
         if self.trainer_steps and self.checkpoints.latest != self.trainer_steps:
             self._save()
         self.checkpoints.wait()
-        saved = f"saved after trainer step {self.trainer_steps}" if self.trainer_steps else "no trainer step was made"
-        return f"asked to end (SIGTERM), {saved}: the same command goes on"
+        after = f"after trainer step {self.trainer_steps}, saved" if self.trainer_steps else "before the first step"
+        return f"stopped on request (SIGTERM) {after}; the same command resumes"
 
     def _phase(self, name: str) -> None:
         self.clock.phase(name)
@@ -247,6 +247,7 @@ class _Run:
     def _after_step(self, *, last: bool) -> None:
         """Evaluation, checkpoint and export, where they are due and not made yet."""
         config, step = self.config, self.trainer_steps
+        self.checkpoints.check()
         if config.eval.every and (last or step % config.eval.every == 0) and self.evaluated != step:
             self._evaluate()
         every = config.checkpoint.every

@@ -40,6 +40,7 @@ from rlvr_jax.program import (
     console,
     parse_config,
     run_program,
+    writing_to,
 )
 from rlvr_jax.remote import local
 from rlvr_jax.run_folder import RunFolder
@@ -264,7 +265,7 @@ def run(job: SFTJob) -> None:
     config, optim, folder = job.config, job.config.optim, job.folder.local
     main, watch = cluster().main, cluster().watch
     cluster().phase("load", 0)
-    with contextlib.ExitStack() as stack:
+    with writing_to(config.run_dir), contextlib.ExitStack() as stack:
         stack.enter_context(job.folder)
         if main:
             write_json(folder / "config.json", config_dict(config))
@@ -312,12 +313,13 @@ def run(job: SFTJob) -> None:
         start, tokens = time.monotonic(), 0
         for number in range(done, job.steps):
             cluster().phase("update", number)
+            checkpoints.check()
             if preemption.asked if watch is None else watch.stop_here():
                 if number and checkpoints.latest != number:
                     save(number)
                 checkpoints.wait()
-                saved = f"saved after step {number}" if number else "no step was made"
-                raise Preempted(f"asked to end (SIGTERM), {saved}: the same command goes on")
+                after = f"after step {number}, saved" if number else "before the first step"
+                raise Preempted(f"stopped on request (SIGTERM) {after}; the same command resumes")
             rows = next(batches)
             if optim.schedule == "cosine":
                 lr = warmup_cosine(number, peak=optim.lr, warmup=optim.warmup, total=job.steps)
