@@ -229,7 +229,9 @@ def _score(job: Job, given: list[Given], preemption: Preemption) -> None:
                         progress.response()
                     progress.drawn(0, tokens)
                     if preemption.asked:
-                        raise Preempted("stopped on request (SIGTERM), what was scored is saved; the same command resumes")
+                        raise Preempted(
+                            "stopped on request (SIGTERM), what was scored is saved; the same command resumes"
+                        )
         files.write_responses(job.out, [_row(job.tokenizer, one) for one in given])
         files.write_tokens(job.out / files.TOKENS, _assembled(parts, stretches))
 

@@ -141,7 +141,9 @@ def _run(job: Job, preemption: Preemption) -> None:
         cluster().phase(phase)
         watch = cluster().watch
         if preemption.asked if watch is None else watch.stop_here():
-            raise Preempted("stopped on request (SIGTERM), responses that had ended are saved; the same command resumes")
+            raise Preempted(
+                "stopped on request (SIGTERM), responses that had ended are saved; the same command resumes"
+            )
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(progress)

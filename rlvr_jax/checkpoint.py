@@ -49,8 +49,8 @@ class Checkpoints:
     """The checkpoints of one run, a folder a step, written in the background.
 
     A checkpoint counts only when complete (a folder gets its final name then, and at a URL a file that says so), so a
-    run killed while saving resumes from the one before. It holds checksums of its values (`rlvr_jax.checksums`): what is
-    read back is what was saved, or `DamagedCheckpoint` is raised, in all processes alike.
+    run killed while saving resumes from the one before. It holds checksums of its values (`rlvr_jax.checksums`).
+    What was saved is what is read back, or `DamagedCheckpoint` is raised, in all processes alike.
     Use as a context manager: leaving it waits for the last save.
 
     Args:
@@ -209,7 +209,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Inside, what orbax and tensorstore raise where a place cannot be written to becomes an OSError that says so."""
+        """Inside, what orbax and tensorstore raise where a place cannot be written to becomes one OSError."""
         try:
             yield
         except Exception as error:
@@ -252,7 +252,7 @@ class Checkpoints:
 
 @functools.cache
 def _say_errors_once() -> None:
-    """Keeps Python from printing what fails beside a failed read or write: orbax drops those tasks with their errors."""
+    """Keeps Python from printing what fails beside a failed read or write: orbax drops those tasks and their errors."""
     before = sys.unraisablehook
 
     def of_others(args: Any) -> None:

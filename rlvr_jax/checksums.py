@@ -26,8 +26,9 @@ _GOLDEN = 0x9E3779B9  # spreads the places of neighbours over all 32 bits
 def of_tree(tree: Any) -> dict[str, list]:
     """[dtype, shape, checksum] of every array of a pytree, by its path; all processes call it.
 
-    The checksum is the sum modulo 2^32 of mix(word + 0x9E3779B9 * place) over the 32-bit words of an array, with `place`
-    the number of the element in row-major order and `mix` a bijection. Integer sums do not depend on their order.
+    The checksum is the sum modulo 2^32 of mix(word + 0x9E3779B9 * place) over the words of an array. A `word` has the
+    bits of an element (two words where these are 64), `place` is its number in row-major order, `mix` a bijection. The
+    sum does not depend on its order.
     """
     named = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     together = defaultdict(dict)  # a program covers the devices of one mesh
