@@ -15,7 +15,7 @@ from rich.table import Table
 from decode.calibrate import known_thresholds
 from decode.config import Setting
 from decode.figure import Reference, draw
-from decode.results import RowLog, read_json
+from decode.results import CONTENT, RowLog, read_json
 from decode.summary import (
     Outcome,
     alone,
@@ -29,6 +29,8 @@ from decode.summary import (
     write_csv,
 )
 from rlvr_jax.files import write_json
+from rlvr_jax.lock import lock
+from rlvr_jax.program import parse_flags
 from rlvr_jax.remote import local
 
 MATTERS = (
@@ -84,7 +86,7 @@ class Comparison:
 
 def prepare(argv: Sequence[str]) -> Comparison:
     """Reads the runs. Raises ValueError naming what does not fit together."""
-    return read(tyro.cli(CompareConfig, args=list(argv), prog="python -m decode compare", description=__doc__))
+    return read(parse_flags(CompareConfig, argv, prog="python -m decode compare", description=__doc__))
 
 
 def read(config: CompareConfig) -> Comparison:
@@ -110,6 +112,11 @@ def read(config: CompareConfig) -> Comparison:
 
 def run(comparison: Comparison) -> None:
     """Writes compare.json, compare.csv and compare.png, and prints the table."""
+    with lock(comparison.config.out):
+        _write(comparison)
+
+
+def _write(comparison: Comparison) -> None:
     out = Path(comparison.config.out)
     records = [_record(one, against) for one, against in zip(comparison.found, comparison.against, strict=True)]
     against = {record["difference"]["against"] for record in records if "difference" in record}
@@ -175,10 +182,15 @@ def _check_problem_files(folders: Sequence[Path]) -> None:
 def _apart(folders: Sequence[Path], labels: Sequence[str]) -> list[str]:
     """What the runs do not share, beside their settings, that bears on their results."""
     configs = [read_json(folder / "config.json") for folder in folders]
+    contents = [read_json(folder / "inputs.json") for folder in folders]
     notes = []
     for key in MATTERS:
-        values = [config.get(key) for config in configs]
-        if any(value != values[0] for value in values):
+        values, known = [config.get(key) for config in configs], CONTENT.get(key, ())
+        if known and all(content.keys() >= set(known) for content in contents):  # wherever they lay
+            differ = any(content[name] != contents[0][name] for content in contents for name in known)
+        else:
+            differ = any(value != values[0] for value in values)
+        if differ:
             said = ", ".join(f"{label} {value!r}" for label, value in zip(labels, values, strict=True))
             notes.append(f"the runs differ in {key}: {said}")
     return notes

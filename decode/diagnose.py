@@ -10,8 +10,6 @@ as they come, and the same command goes on where a killed run stopped. At the en
 import contextlib
 import dataclasses
 import itertools
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,9 @@ from decode.diagnose_config import FREE_TO_CHANGE, DiagnoseConfig, PageCommand, 
 from decode.diagnose_inputs import Given, check_given, fingerprint, read_given
 from decode.diagnose_page import draw_results
 from decode.draw import load
-from decode.inputs import check_vocabularies, hash_model, hash_tokenizer, model_folder
+from decode.inputs import check_vocabularies, model_folder, of_pair
 from decode.progress import DecodeProgress
-from decode.results import RowLog, lock, read_json
+from decode.results import RowLog, check_same, with_whole_paths
 from rlvr_jax.data.text import Tokenizer, decode_ids, load_tokenizer, token_pieces
 from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.distributed import refuse_several
@@ -40,7 +38,7 @@ from rlvr_jax.microscope.files import Response
 from rlvr_jax.microscope.pair import iterate_pair
 from rlvr_jax.models.config import QwenConfig, platform_dtype
 from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, parse_config, writing_to
-from rlvr_jax.remote import TEXT_FILES, is_url, local
+from rlvr_jax.remote import TEXT_FILES, local
 from rlvr_jax.run_folder import RunFolder
 
 DESCRIPTION = "Every token of given or decoded responses under two models; findings, figures and a page."
@@ -59,7 +57,6 @@ class Job:
     decode: decoding.Job | None
     inputs: dict[str, str]
     folder: RunFolder
-    lock: contextlib.AbstractContextManager[Any]
 
     @property
     def out(self) -> Path:
@@ -92,25 +89,26 @@ def checked(config: DiagnoseConfig) -> Job:
     check_vocabularies(models, folders, tokenizer, tokenizer_folder)
     mesh = decoding.mesh_of(config.mesh)
     mesh = None if mesh is None else decode_mesh(mesh, [model.num_kv_heads for model in models.values()])
-    inputs = {f"{role} model": hash_model(folder) for role, folder in folders.items()}
-    inputs["tokenizer"] = hash_tokenizer(tokenizer_folder)
+    inputs = of_pair(folders, tokenizer, tokenizer_folder)
     given = None
     if config.responses:
         given = read_given(config.responses, tokenizer, config.limit)
         check_given(given, models)
         inputs["responses"] = fingerprint(given)
-    folder = RunFolder(config.out).take()
-    held = lock(folder.local)
-    _check_resume(folder.local, config, inputs)
-    drawn = None if given is not None else decoding.check(_decode_config(config, folder.local / "decode"))
-    return Job(config, folders, mesh, tokenizer, given, drawn, inputs, folder, held)
+    with RunFolder(config.out).taken() as folder:
+        check_same(folder.local, with_whole_paths(config), FREE_TO_CHANGE, inputs)
+        drawn = None if given is not None else decoding.check(_decode_config(config, folder.local / "decode"))
+    return Job(config, folders, mesh, tokenizer, given, drawn, inputs, folder)
 
 
 def run(job: Job | PageCommand) -> None:
     """Does the job. Raises RunError for what ends a run."""
     if isinstance(job, PageCommand):
         try:
-            with RunFolder(job.run).take() as folder:
+            folder = RunFolder(job.run)
+            if folder.url is None and not folder.local.is_dir():
+                raise ValueError(f"{job.run}: no such folder")
+            with folder.take():
                 draw_results(folder.local, job.findings, job.page)
         except ValueError as error:
             raise RunError(str(error)) from error
@@ -119,7 +117,6 @@ def run(job: Job | PageCommand) -> None:
         with (
             writing_to(job.config.out),
             job.folder,
-            job.lock,
             compile_cache(job.config.compile_cache, job.out),
             Preemption() as preemption,
         ):
@@ -157,7 +154,7 @@ def _run(job: Job, preemption: Preemption) -> None:
 
 def _claim(job: Job) -> None:
     """From here on the folder is this diagnosis's."""
-    write_json(job.out / "config.json", _plain(job.config))
+    write_json(job.out / "config.json", with_whole_paths(job.config))
     write_json(job.out / "inputs.json", job.inputs)
 
 
@@ -314,34 +311,3 @@ def _assembled(parts: Path, stretches: Sequence[Sequence[Given]]) -> Iterator[pa
                 places = [place for place, _ in run_]
                 tables[key] = table.slice(places[0], len(places))
         yield from (tables[one.key] for one in stretch if one.tokens)
-
-
-# ---- resuming ------------------------------------------------------------------------------------------------------
-
-
-def _plain(config: DiagnoseConfig) -> dict[str, Any]:
-    """The configuration as JSON gives it back, paths absolute."""
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
-    for key in ("base", "rl", "problems", "tokenizer"):
-        if values[key] and os.path.exists(values[key]):
-            values[key] = os.path.abspath(values[key])
-    values["responses"] = [path if is_url(path) else os.path.abspath(path) for path in values["responses"]]
-    return values
-
-
-def _check_resume(out: Path, config: DiagnoseConfig, inputs: dict[str, str]) -> None:
-    """Refuses a folder that holds another diagnosis."""
-    now = _plain(config)
-    before = read_json(out / "config.json")
-    for key in sorted(before.keys() & now.keys() - set(FREE_TO_CHANGE)):
-        if before[key] != now[key]:
-            raise ValueError(
-                f"out = {out}: it holds a diagnosis with {key} = {before[key]!r}, now {key} = {now[key]!r}; "
-                "give another --out or remove the folder"
-            )
-    for name, value in read_json(out / "inputs.json").items():
-        if name in inputs and inputs[name] != value:
-            raise ValueError(
-                f"out = {out}: it holds a diagnosis of another {name} (its content has changed since); "
-                "give another --out or remove the folder"
-            )

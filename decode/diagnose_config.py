@@ -9,7 +9,7 @@ from decode.config import MeshConfig
 
 FREE_TO_CHANGE = (
     *("out", "findings", "page", "mesh", "batch_tokens", "chunk", "slots", "memory", "grader_workers"),
-    "compile_cache",
+    *("compile_cache", "problems"),  # the decoding run in the folder compares their content
 )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import logging
-import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from decode.config import DecodeConfig
@@ -13,13 +13,12 @@ from rlvr_jax.data.shards import data_files
 from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.data.tasks import is_tasks
 from rlvr_jax.data.text import Tokenizer, encode_text, load_tokenizer, render_chat, stop_token_ids
+from rlvr_jax.fingerprint import of_file, of_model, of_tokenizer, of_values
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import checkpoint_folder
 from rlvr_jax.remote import TEXT_FILES, local
 
 logger = logging.getLogger(__name__)
-
-BLOCKS, BLOCK_BYTES = 16, 1 << 16  # what is hashed of each weight file, evenly spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +63,7 @@ def read_inputs(config: DecodeConfig) -> Inputs:
     prompts = [encode_text(tokenizer, text) for text in texts]
     _check_lengths(config, models, problems, prompts)
     fingerprints = {"problem file": _hash_problems(config.problems, problems)}
-    fingerprints["tokenizer"] = hash_tokenizer(tokenizer_folder)
-    fingerprints |= {f"{role} model": hash_model(folder) for role, folder in folders.items()}
+    fingerprints |= of_pair(folders, tokenizer, tokenizer_folder)
     return Inputs(
         tokenizer=tokenizer,
         folders=folders,
@@ -185,32 +183,14 @@ def _stop_tokens(
 
 def _hash_problems(source: str, problems: list[Problem]) -> str:
     if not is_tasks(source):
-        hashes = [_hash_file(file) for file in data_files(source)]
+        hashes = [of_file(file) for file in data_files(source)]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
     return hashlib.sha256(repr([(x.messages, x.answer) for x in problems]).encode(errors="surrogatepass")).hexdigest()
 
 
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_tokenizer(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (folder / name).is_file():
-            digest.update(f"{name} {_hash_file(folder / name)}\n".encode())
-    return digest.hexdigest()
-
-
-def hash_model(folder: Path) -> str:
-    """Of config.json and, for every weight file, its name, its size and 1 MiB in blocks spread over it."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = os.path.getsize(path)
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for block in range(BLOCKS):
-                file.seek(max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1))
-                digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()
+def of_pair(folders: Mapping[str, Path], tokenizer: Tokenizer, tokenizer_folder: Path) -> dict[str, str]:
+    """Fingerprints of the models in use, by role, and of the tokenizer; by what to call them in a sentence."""
+    found = {"chat template": of_values(tokenizer.chat_template), "tokenizer files": of_tokenizer(tokenizer_folder)}
+    for role, folder in folders.items():
+        found |= of_model(folder, role)
+    return found

@@ -7,10 +7,9 @@ problem, `prompt, gt, generated_texts, accs, lengths, resample_rates, resample_i
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,23 @@ from decode.config import DecodeConfig
 from decode.inputs import Inputs
 from rlvr_jax.data.rows import parse_json
 from rlvr_jax.files import atomic_path, json_bytes, write_json
+from rlvr_jax.lock import lock as lock  # whoever writes beside results takes it
+from rlvr_jax.paths import at_home, same_place
+from rlvr_jax.run_folder import own_config
 
 # A later run in the same folder may differ in these; a setting may join or leave, but not change under its name.
 FREE_TO_CHANGE = (
     *("out", "setting", "settings", "grid", "match_rate", "controls", "seeds", "limit"),
     *("slots", "memory", "block", "mesh", "grader_workers", "compile_cache", "distributed"),
 )
+# Of inputs whose path may differ: the fingerprints that then must not.
+CONTENT = {
+    "base": ("architecture of base", "weights of base"),
+    "rl": ("architecture of rl", "weights of rl"),
+    "tokenizer": ("chat template", "tokenizer files"),
+    "problems": ("problem file",),
+    "responses": ("responses",),  # of a diagnosis
+}
 MARKS = ("role", "control_of")  # say what a setting is there for; no response depends on them
 
 
@@ -217,38 +227,14 @@ def _token_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
 # ---- the folder of a run -------------------------------------------------------------------------------------------
 
 
-def lock(folder: Path) -> contextlib.AbstractContextManager[Any]:
-    """Holds the folder for this process until the result is closed or the process ends, however it ends.
-
-    Raises:
-      ValueError: another run writes to the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise ValueError(f"out = {folder}: another decoding run is writing to this folder") from error
-    return contextlib.closing(file)
-
-
 def check_resume(folder: Path, config: DecodeConfig, inputs: dict[str, str]) -> None:
     """Compares a resolved configuration and its inputs with those an earlier run left in `folder`.
 
     Raises:
-      ValueError: naming the key that differs and both values.
+      ValueError: naming the key or the input that differs; a config.json there that no decoding run wrote.
     """
-    now = _plain(config)
-    before = read_json(folder / "config.json")
-    for key in sorted(before.keys() & now.keys() - set(FREE_TO_CHANGE)):
-        _same(folder, key, before[key], now[key])
-    for name, value in read_json(folder / "inputs.json").items():
-        if name in inputs and value != inputs[name]:
-            raise ValueError(
-                f"out = {folder}: it holds results of another {name} (its content has changed since); "
-                "give another --out or remove the folder"
-            )
+    now = with_whole_paths(config)
+    check_same(folder, now, FREE_TO_CHANGE, inputs)
     for setting in now["settings"]:
         earlier = read_json(folder / setting["name"] / "setting.json")
         for key in sorted(earlier.keys() & setting.keys() - set(MARKS)):
@@ -257,12 +243,44 @@ def check_resume(folder: Path, config: DecodeConfig, inputs: dict[str, str]) -> 
 
 def write_config(folder: Path, config: DecodeConfig, inputs: Inputs) -> None:
     """Saves the resolved configuration, the inputs' fingerprints, the problems and each setting beside the results."""
-    write_json(folder / "config.json", _plain(config))
+    write_json(folder / "config.json", with_whole_paths(config))
     write_json(folder / "inputs.json", read_json(folder / "inputs.json") | inputs.fingerprints)
     problems = [{"index": p.index, "id": p.id, "answer": p.answer} for p in inputs.problems]
     write_json(folder / "problems.json", problems, indent=None)
-    for setting in _plain(config)["settings"]:
+    for setting in with_whole_paths(config)["settings"]:
         write_json(folder / setting["name"] / "setting.json", setting)
+
+
+def check_same(folder: Path, now: Mapping[str, Any], free: Collection[str], inputs: Mapping[str, str]) -> None:
+    """Compares a start with what an earlier one left in `folder`; for diagnoses too.
+
+    An input may have moved, where its content is known from then and now, and is the same.
+
+    Args:
+      folder: of the results.
+      now: the configuration, as `with_whole_paths` gives it.
+      free: keys that may differ.
+      inputs: fingerprints by what to call them in a sentence.
+
+    Raises:
+      ValueError: naming the key or the input that differs; a config.json that another program wrote.
+    """
+    before = own_config(folder, now.keys() | {"grader"}) or {}  # which older versions called it
+    content = read_json(folder / "inputs.json")
+    moved = {key for key, names in CONTENT.items() if all(name in content and name in inputs for name in names)}
+    for key in sorted(before.keys() & now.keys() - set(free) - moved):
+        if not (key in CONTENT and _one_place(before[key], now[key])):
+            _same(folder, key, before[key], now[key])
+    for name, value in content.items():
+        if name in inputs and value != inputs[name]:
+            raise ValueError(
+                f"out = {folder}: it holds results of other content of the {name}, which has changed since; "
+                "give another --out or remove the folder"
+            )
+
+
+def _one_place(before: Any, now: Any) -> bool:
+    return isinstance(before, str) and isinstance(now, str) and same_place(before, now)
 
 
 def _same(folder: Path, key: str, before: Any, now: Any) -> None:
@@ -273,13 +291,19 @@ def _same(folder: Path, key: str, before: Any, now: Any) -> None:
         )
 
 
-def _plain(config: DecodeConfig) -> dict[str, Any]:
-    """The configuration as JSON gives it back, paths absolute."""
+def with_whole_paths(config: Any) -> dict[str, Any]:
+    """A configuration, of a diagnosis too, as JSON gives it back, the paths of its inputs absolute."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    for key in ("base", "rl", "problems", "tokenizer"):
-        if values[key] and os.path.exists(values[key]):  # else a name on the hub
-            values[key] = os.path.abspath(values[key])
+    for key in CONTENT.keys() & values.keys():
+        given = values[key]
+        values[key] = [_whole(path) for path in given] if isinstance(given, list) else _whole(given)
     return values
+
+
+def _whole(path: str | None) -> str | None:
+    """A path, absolute where something is there: else it is a URL or a name on the hub."""
+    here = at_home(path) if path else ""
+    return os.path.abspath(here) if here and os.path.exists(here) else path
 
 
 def read_json(path: Path) -> Any:

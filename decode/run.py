@@ -18,7 +18,7 @@ from decode.draw import Models, Wanted, draw, load, program
 from decode.inputs import Inputs, read_inputs
 from decode.plan import plan
 from decode.progress import DecodeProgress
-from decode.results import Row, RowLog, TokenParts, check_resume, lock, published, write_config
+from decode.results import Row, RowLog, TokenParts, check_resume, published, write_config
 from decode.summary import Outcome, remarks, summarise, summary_table, with_differences, write_summaries
 from decode.sweep import resolve
 from decode.writer import Destination, Writer
@@ -40,7 +40,7 @@ class Job:
     """A run whose input has been checked.
 
     `plans` says, by the name of the setting, how many responses are decoded at once; `folder` is that of the results,
-    and `lock` keeps other runs of this machine out of it.
+    locked.
     """
 
     config: DecodeConfig
@@ -48,7 +48,6 @@ class Job:
     mesh: Mesh | None
     plans: dict[str, MemoryPlan]
     folder: RunFolder
-    lock: contextlib.AbstractContextManager[None]
 
     @property
     def out(self) -> Path:
@@ -81,11 +80,10 @@ def check(config: DecodeConfig) -> Job:
     record = dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig()))
     record |= {"out": "", "files": inputs.fingerprints, "tokens": inputs.prompts}
     cluster().require_same("the configuration, the problems, the models or the code", *identity(record, "decode"))
-    folder, held = RunFolder(config.out).take(), contextlib.nullcontext()
-    if cluster().main:  # the only one that writes
-        held = lock(folder.local)
-        check_resume(folder.local, config, inputs.fingerprints)
-    return Job(config, inputs, mesh, plans, folder, held)
+    with RunFolder(config.out).taken() as folder:
+        if cluster().main:  # the only one that writes
+            check_resume(folder.local, config, inputs.fingerprints)
+    return Job(config, inputs, mesh, plans, folder)
 
 
 def run(job: Job) -> None:
@@ -94,7 +92,6 @@ def run(job: Job) -> None:
         with (
             writing_to(job.config.out),
             job.folder,
-            job.lock,
             compile_cache(job.config.compile_cache, job.out),
             Preemption() as preemption,
         ):

@@ -12,12 +12,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
 from decode.summary import summary_table
 from demo import figure, study, task
+from rlvr_jax.checkpoint import check_place
 from rlvr_jax.files import atomic_path, write_json
-from rlvr_jax.program import RunError, config_dict, console, run_program
+from rlvr_jax.lock import lock
+from rlvr_jax.program import RunError, config_dict, console, parse_flags, run_program
 
 STAGES = 6
 
@@ -37,12 +37,13 @@ class Demo:
 
 
 def prepare(argv: Sequence[str]) -> Demo:
-    demo = tyro.cli(Demo, args=list(argv), prog="python -m demo", description=__doc__)
+    demo = parse_flags(Demo, argv, prog="python -m demo", description=__doc__)
     if not 0 <= demo.fillers <= 26:
         raise ValueError(f"fillers = {demo.fillers}: expected 0 to 26")
     for key in ("problems", "n"):
         if getattr(demo, key) < 1:
             raise ValueError(f"{key} = {getattr(demo, key)}: expected 1 or more")
+    check_place(demo.out)
     settings = Path(demo.out) / "demo.json"
     if settings.exists() and json.loads(settings.read_text()) != config_dict(demo):
         raise ValueError(f"{demo.out} holds a demo with other settings ({settings}): give another --out or remove it")
@@ -50,9 +51,13 @@ def prepare(argv: Sequence[str]) -> Demo:
 
 
 def run(demo: Demo) -> None:
+    with lock(demo.out):
+        _run(demo)
+
+
+def _run(demo: Demo) -> None:
     started = time.monotonic()
     out = Path(demo.out)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "demo.json", config_dict(demo))
     base, rl, problems = out / "base" / "hf", out / "dapo" / "hf", out / "task" / "test.parquet"
 

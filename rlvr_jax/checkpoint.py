@@ -20,6 +20,7 @@ from etils import epath
 from rlvr_jax import checksums
 from rlvr_jax.checkpoint_s3 import extend_orbax_to_s3
 from rlvr_jax.distributed import cluster
+from rlvr_jax.paths import at_home
 from rlvr_jax.remote import filesystem, is_url
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ _OLD_KEYS, _KEYS = {"host", "empty"}, {"host", "empty", "sums", "crc32"}
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint whose files are not what was saved; the message names its folder and what is wrong there."""
+
+
+_PATTERN = ("[", "]", "*", "?", "\\")  # characters that orbax or tensorstore do not take as they are in a path
 
 
 class Restored(NamedTuple):
@@ -56,18 +60,22 @@ class Checkpoints:
     Args:
       directory: where the step folders go, made when missing: a folder, gs://... or s3://...
       keep: number of newest checkpoints kept; None keeps all.
+      read_only: for looking at a folder that another process may be writing to. Otherwise unfinished checkpoints of
+        killed runs are removed, which only the one writer of the folder may do.
 
     Raises:
       ValueError: `keep`; a URL of another kind, or one that cannot be written to with what is installed.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int | None = None):
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int | None = None, read_only: bool = False):
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be None or at least 1 checkpoint, got {keep}")
         _say_errors_once()
         self._manager = ocp.CheckpointManager(
             _place(directory),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=not read_only, cleanup_tmp_directories=not read_only
+            ),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -292,8 +300,14 @@ def check_place(directory: str | os.PathLike[str]) -> None:
 
 def _place(directory: str | os.PathLike[str]) -> epath.Path:
     """The folder as orbax takes it."""
+    whole = os.fspath(directory) if is_url(directory) else os.fspath(Path(at_home(directory)).absolute())
+    if found := [character for character in _PATTERN if character in whole]:
+        raise ValueError(
+            f"{whole}: checkpoints there could not be read back, since orbax does not take {found[0]} in a path as it "
+            f"is; expected a path without any of {' '.join(_PATTERN)}, or a symbolic link to this one"
+        )
     if not is_url(directory):
-        return epath.Path(Path(directory).absolute())
+        return epath.Path(whole)
     url = os.fspath(directory)
     if not url.startswith(("gs://", "s3://")):
         raise ValueError(f"{url}: no checkpoints can be written there, expected a folder, gs://... or s3://...")

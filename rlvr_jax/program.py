@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from rlvr_jax import distributed
+from rlvr_jax.lock import FolderInUse
+from rlvr_jax.paths import at_home, config_at_home
 
 C = TypeVar("C")
 Job = TypeVar("Job")
@@ -71,7 +73,7 @@ class Preemption(contextlib.AbstractContextManager):
 def parse_config(config_type: type[C], argv: Sequence[str], *, prog: str, description: str) -> C:
     """Configuration from `--config FILE.py` (a Python file that defines `config`) and `--nested.key value` flags.
 
-    Flags win over the file. Keys that do not exist fail, in the file as on the command line.
+    Flags win over the file. Keys that do not exist fail, in the file as on the command line. `~/` is the home folder.
 
     Raises:
       ValueError: a missing file, a file without a `config` of the right type, or one that cannot be executed.
@@ -82,17 +84,23 @@ def parse_config(config_type: type[C], argv: Sequence[str], *, prog: str, descri
     known, flags = parser.parse_known_args(list(argv))
     description += "\n\n--config FILE.py: a recipe, a Python file that defines `config`; flags override it."
     if known.config is None:
-        return tyro.cli(config_type, args=flags, prog=prog, description=description)
+        return parse_flags(config_type, flags, prog=prog, description=description)
     default = read_config(config_type, known.config)
-    return tyro.cli(config_type, default=default, args=flags, prog=prog, description=description)
+    return config_at_home(tyro.cli(config_type, default=default, args=flags, prog=prog, description=description))
+
+
+def parse_flags(config_type: type[C], argv: Sequence[str], *, prog: str, description: str | None) -> C:
+    """As `parse_config`, for a program without recipes."""
+    return config_at_home(tyro.cli(config_type, args=list(argv), prog=prog, description=description))
 
 
 def read_config(config_type: type[C], path: str | os.PathLike[str]) -> C:
     """The `config` that a recipe file defines. Raises ValueError as `parse_config` says."""
+    path = at_home(path)
     if not Path(path).is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
-        config = runpy.run_path(str(path)).get("config")
+        config = runpy.run_path(path).get("config")
     except Exception as error:  # whatever a recipe raises is a fault of that file
         raise ValueError(f"--config {path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, config_type):
@@ -105,7 +113,8 @@ def run_program(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], No
 
     Returns:
       0; 2 when `prepare` raises ValueError or OSError; 75 when `run` raises Preempted; 1 when it raises another
-      RunError or OSError, or is interrupted; each with one sentence on stderr, which "error:" begins but for 75.
+      RunError, FolderInUse or OSError, or is interrupted; each with one sentence on stderr, which "error:" begins but
+      for 75.
       Any other exception propagates with its traceback. One of several processes ends at once, with 69 where another
       one is the cause (see `rlvr_jax.watch`).
     """
@@ -135,7 +144,7 @@ def _outcome(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], None]
     except Preempted as error:  # which all agree on
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return PREEMPTED, ""
-    except (RunError, OSError) as error:
+    except (RunError, FolderInUse, OSError) as error:
         return _fail(error, RUN_ERROR), str(error)
     except KeyboardInterrupt:
         return _fail(RunError("interrupted; the same command resumes from what is saved"), RUN_ERROR), "interrupted"

@@ -20,6 +20,8 @@ from fsspec.config import conf
 from fsspec.core import url_to_fs
 
 from rlvr_jax.files import atomic_path
+from rlvr_jax.lock import flock
+from rlvr_jax.paths import at_home
 
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")  # of a model: all but its weights
 MODEL_FILES = (*TEXT_FILES, "*.safetensors")
@@ -39,8 +41,8 @@ def cache_folder() -> Path:
 
 
 def local(path: str, patterns: Sequence[str] = MODEL_FILES) -> str:
-    """The path itself, or for a URL that of its copy on this machine; see `local_copy`."""
-    return str(local_copy(path, patterns)) if is_url(path) else path
+    """The path itself (`~` written out), or for a URL that of its copy on this machine; see `local_copy`."""
+    return str(local_copy(path, patterns)) if is_url(path) else at_home(path)
 
 
 def local_copy(url: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
@@ -112,7 +114,7 @@ def locked(target: Path) -> Iterator[None]:
     """One process of this machine at a time."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_name(f".{target.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -10,6 +10,7 @@ there on any machine, and what a lost machine had not sent is made again. Checkp
 import contextlib
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import re
@@ -18,28 +19,33 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from rlvr_jax.distributed import cluster
+from rlvr_jax.lock import FolderLock, flock, lock
+from rlvr_jax.paths import at_home
 from rlvr_jax.remote import AT_ONCE, cache_folder, fetch, filesystem, is_url, listing, locked, naming
 
 log = logging.getLogger(__name__)
 
 EVERY_S = 60.0
 BUSY_SHARE = 0.1  # of the time may go into copying: a folder that takes a minute is copied every ten
-_WAIT_S = 20.0  # for a run that is still ending here
+WAIT_S = 20.0  # for a run that is still ending: a launcher may start the next one before that
 
 
 class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
-    """A run's folder. As a context manager it is copied to its URL, by process 0, until the block ends and once more.
+    """A run's folder, with one writer. A URL's is copied there by process 0, until the `with` block ends and once more.
 
     Args:
       place: a local folder, or a URL.
       needed: whether a run that goes on needs a file, given its path in the folder; the others stay at the URL.
       every_s: seconds between copies.
+
+    Raises:
+      ValueError: an empty `place`, which would be the current folder; a URL that cannot be read with what is installed.
 
     Attributes:
       local: the folder that the run works in; for a URL `runs/` of `remote.cache_folder()`.
@@ -47,26 +53,46 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     """
 
     def __init__(self, place: str, *, needed: Callable[[str], bool] = lambda name: True, every_s: float = EVERY_S):
+        if not place.strip():
+            raise ValueError(f"the folder of the run is {place!r}: expected a path")
+        place = at_home(place)
         self.url = place.rstrip("/") if is_url(place) else None
         self.local, self.checkpoints = Path(place), str(Path(place) / "checkpoints")
         self._every_s, self._needed = every_s, needed
         self._there: dict[str, tuple[int, int]] = {}  # what was copied: size and time by path in the folder
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._held: Any = None
+        self._held: Any = None  # of a URL: shared by the processes of the run on this machine
+        self._owned: FolderLock | None = None
         if self.url is not None:
             self.checkpoints = f"{self.url}/checkpoints"
             self._fs, self._root = filesystem(self.url)
             self.local = cache_folder() / "runs" / _name(self.url)
 
+    @contextlib.contextmanager
+    def taken(self) -> Iterator["RunFolder"]:
+        """`take`, and `release` where the block raises: for what is checked between here and the run."""
+        try:
+            yield self.take()
+        except BaseException:
+            self.release()
+            raise
+
     def take(self) -> "RunFolder":
-        """Before anything is read: makes the local folder what the URL has, once a machine; all processes call it.
+        """Before anything is read: locks the folder; all processes call it.
+
+        A local folder is locked by process 0 (`rlvr_jax.lock`). For a URL the local folder is made what the URL has,
+        once per machine, and locked on this machine.
 
         Raises:
-          ValueError: another run of this machine works in the folder.
-          OSError: the URL cannot be read.
+          ValueError: another run writes to the folder.
+          OSError: the URL cannot be read, or the folder cannot be written to.
         """
-        if self.url is None or self._held is not None:
+        if self.url is None:
+            if self._owned is None and cluster().main:
+                self._owned = lock(self.local, wait_s=WAIT_S if cluster().size > 1 else 0.0)
+            return self
+        if self._held is not None:
             return self
         start = cluster().broadcast(uuid.uuid4().hex)  # tells the processes of this start from those before
         mark = self.local.with_name(f".{self.local.name}.start")
@@ -79,7 +105,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
                 found = {name: info for name, info in listing(self._fs, self._root).items() if self._wanted(name)}
                 fetch(self._fs, found, self.local)
                 mark.write_text(start)
-            fcntl.flock(self._held, fcntl.LOCK_SH)
+            flock(self._held, fcntl.LOCK_SH)
         self._there = self._files()
         return self
 
@@ -122,8 +148,14 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
                 raise
             log.warning("%s", failed)
         finally:
-            if self._held is not None:
-                self._held.close()
+            self.release()
+
+    def release(self) -> None:
+        """Lets other runs have the folder."""
+        for held in (self._held, self._owned):
+            if held is not None:
+                held.close()
+        self._held = self._owned = None
 
     def _keep(self) -> None:
         wait, said = self._every_s, False
@@ -157,10 +189,10 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
 
     def _alone(self) -> None:
         """Waits a while for a run of this machine that still holds the folder."""
-        until = time.monotonic() + _WAIT_S
+        until = time.monotonic() + WAIT_S
         while True:
             try:
-                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError as error:
                 if time.monotonic() > until:
@@ -180,6 +212,32 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
                     there = path.stat()
                     found[path.relative_to(self.local).as_posix()] = there.st_size, there.st_mtime_ns
         return found
+
+
+def own_config(folder: Path, keys: Collection[str]) -> dict[str, Any] | None:
+    """The config.json that an earlier start left in a folder; None where there is none.
+
+    Args:
+      folder: a local folder.
+      keys: of the program's configurations.
+
+    Raises:
+      ValueError: a config.json that this program did not write, such as a model's; it would be replaced.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); use another folder for the results") from error
+    foreign = sorted(config.keys() - set(keys)) if isinstance(config, dict) else ["no option"]
+    if foreign:
+        raise ValueError(
+            f"{path}: no configuration of this program (it has {foreign[0]!r}) and would be replaced; "
+            "use another folder for the results"
+        )
+    return config
 
 
 def _grows(name: str) -> bool:

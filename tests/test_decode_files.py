@@ -85,7 +85,8 @@ def test_token_parts_merge_once_in_order(tmp_path):
 
 
 def test_another_config_in_the_same_folder_is_named(tmp_path):
-    config, inputs = resolve(PAIR), {"rl model": "1", "problem file": "2"}
+    config = resolve(PAIR)
+    inputs = {"architecture of rl": "1", "weights of rl": "1", "problem file": "2"}
     check_resume(tmp_path, config, inputs)
     # the second is a run that does not load rl: it keeps what is known of it
     for fingerprints in (inputs, {"problem file": "2"}):
@@ -98,12 +99,37 @@ def test_another_config_in_the_same_folder_is_named(tmp_path):
     check_resume(tmp_path, change(config, settings=(marked,)), inputs)
     with pytest.raises(ValueError, match="n = 4, now n = 8"):
         check_resume(tmp_path, change(config, n=8), inputs)
-    with pytest.raises(ValueError, match="rl = 'r', now rl = 'q'"):
-        check_resume(tmp_path, change(config, rl="q"), inputs)
-    with pytest.raises(ValueError, match="another rl model"):
-        check_resume(tmp_path, config, inputs | {"rl model": "3"})
+    for moved in ({"rl": "q"}, {"problems": "elsewhere.jsonl"}):  # its content is known, and the same
+        check_resume(tmp_path, change(config, **moved), inputs)
+    with pytest.raises(ValueError, match="base = 'b', now base = 'q'"):  # which no run has read yet
+        check_resume(tmp_path, change(config, base="q"), inputs | {"architecture of base": "1", "weights of base": "1"})
+    with pytest.raises(ValueError, match="rl = 'r', now rl = 'q'"):  # which this run does not read
+        check_resume(tmp_path, change(config, rl="q"), {"problem file": "2"})
+    with pytest.raises(ValueError, match="other content of the weights of rl, which has changed since"):
+        check_resume(tmp_path, config, inputs | {"weights of rl": "3"})
     with pytest.raises(ValueError, match=r"setting 'delta.*', gamma = 0.05, now .* gamma = 0.5"):
         check_resume(tmp_path, change(config, settings=(dataclasses.replace(setting, gamma=0.5),)), inputs)
+
+
+def test_one_path_spelled_two_ways_is_one_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "br":
+        (tmp_path / name).mkdir()
+    (tmp_path / "p.jsonl").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    here = change(resolve(PAIR), base="b", rl="r", problems="p.jsonl")
+    write_config(tmp_path / "out", here, types.SimpleNamespace(fingerprints={}, problems=[]))
+    for spelling in ({"base": "./b/"}, {"base": f"{tmp_path}/b"}, {"base": "link"}, {"problems": "r/../p.jsonl"}):
+        check_resume(tmp_path / "out", change(here, **spelling), {})
+    with pytest.raises(ValueError, match=f"base = '{tmp_path}/b', now base = '{tmp_path}/r'"):
+        check_resume(tmp_path / "out", change(here, base="r"), {})
+
+
+@pytest.mark.parametrize("theirs", [{"architectures": ["Qwen3ForCausalLM"]}, {"findings": {}, "base": "b"}, ["list"]])
+def test_a_config_that_no_decoding_run_wrote_is_not_replaced(tmp_path, theirs):
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config.json: no configuration of this program .*use another"):
+        check_resume(tmp_path, resolve(PAIR), {})
 
 
 def test_the_summary_counts_by_hand(tmp_path):

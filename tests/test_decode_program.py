@@ -23,6 +23,7 @@ from decode.sweep import resolve
 from rlvr_jax.data.text import load_tokenizer, stop_token_ids
 from rlvr_jax.decoding.selective import decode_selective
 from rlvr_jax.generation import language_model
+from rlvr_jax.lock import FolderInUse
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import run_program
 from tests.tiny import tiny_checkpoint, write_tiny_problems
@@ -323,7 +324,7 @@ def test_a_damaged_file_is_named(done, tmp_path, monkeypatch, capsys):
 
 def test_a_run_keeps_its_dtype(done, monkeypatch):
     """What the platform chose is what the run holds, wherever it is resumed."""
-    decode.run.check(dataclasses.replace(done, dtype="float32")).lock.__exit__(None, None, None)
+    decode.run.check(dataclasses.replace(done, dtype="float32")).folder.release()
     monkeypatch.setattr(decode.run.jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match="dtype = 'float32', now dtype = 'bfloat16'"):
         decode.run.check(done)
@@ -331,6 +332,10 @@ def test_a_run_keeps_its_dtype(done, monkeypatch):
 
 def test_two_runs_cannot_share_a_folder(done, monkeypatch, capsys):
     held = decode.run.check(done)
-    with held.lock, pytest.raises(ValueError, match="another decoding run is writing"):
+    with pytest.raises(FolderInUse, match="in use by process"):
         decode.run.check(done)
-    decode.run.check(done).lock.__exit__(None, None, None)
+    held.folder.release()
+    with pytest.raises(ValueError, match="now n = ") as refused:  # a refused start holds nothing, seen or forgotten
+        decode.run.check(dataclasses.replace(done, n=done.n + 1))
+    decode.run.check(done).folder.release()
+    del refused

@@ -226,7 +226,7 @@ def test_what_is_wrong_in_a_file_is_named(config, tmp_path, row, message):
 
 
 def test_a_folder_of_another_diagnosis_is_refused(done):
-    with pytest.raises(ValueError, match="it holds a diagnosis with top = 3, now top = 4"):
+    with pytest.raises(ValueError, match="it holds a run with top = 3, now top = 4"):
         diagnose.checked(dataclasses.replace(done, top=4))
     with pytest.raises(RunError, match=r"no tokens\.parquet and no step_"):
         diagnose.run(diagnose.prepare(["page", str(Path(done.out) / "figures")]))

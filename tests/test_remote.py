@@ -143,7 +143,7 @@ def test_a_run_goes_on_where_its_machine_was_lost(store, tmp_path, monkeypatch, 
         with open(folder.local / "metrics.jsonl", "a") as file:
             file.write("2\n")
         assert everything(store, "/bucket/run")["metrics.jsonl"] == "1\n"
-        monkeypatch.setattr(run_folder, "_WAIT_S", 0.0)
+        monkeypatch.setattr(run_folder, "WAIT_S", 0.0)
         with pytest.raises(ValueError, match=r"memory://bucket/run: another run of this machine works in .*/runs/"):
             RunFolder(url).take()
     there = {"metrics.jsonl": "1\n2\n", "rollouts.jsonl": "a\n", "checkpoints/1/state": "orbax"}

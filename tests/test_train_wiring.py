@@ -282,7 +282,7 @@ def test_a_finished_run_ends_at_once_and_other_data_are_refused(tmp_path):
     run(prepare(arguments(tmp_path, folder, steps=2, **changes)))
     assert before == ([file.read_bytes() for file in files], sorted((folder / "checkpoints").iterdir()))
     write_tiny_problems(tmp_path / "train.jsonl", 20, answer="8")  # as many rows, other answers
-    with pytest.raises(ValueError, match=r"^data_sha256: the checkpoint was made with"):
+    with pytest.raises(ValueError, match=r"^answers of data\.train: the content is not what the run began with"):
         prepare(arguments(tmp_path, folder, steps=4, **changes))
 
 
@@ -312,7 +312,7 @@ def test_an_sft_step_is_the_written_formula(tmp_path):
     after = load_hf(tmp_path / "one" / "hf", dtype=jnp.float32)[1]
     assert_moved_alike(after, adamw_steps(before, lambda params, _: jax.jit(jax.grad(loss))(params), 0.025, 1), before)
     (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text().replace("3456", "3457"))
-    with pytest.raises(ValueError, match=r"^data_sha256: the checkpoint was made with"):
+    with pytest.raises(ValueError, match=r"^the training data as the model reads them"):
         sft.check(dataclasses.replace(config, steps=2))
 
 

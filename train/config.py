@@ -256,9 +256,11 @@ class Config:
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
-# What may differ between a checkpoint and the run that continues it: none of it changes what is trained.
+# What may differ between a checkpoint and the run that continues it: none of it changes what is trained. Model and data
+# may lie elsewhere, since their content is compared (`train.same_run`).
 MAY_CHANGE = (
-    *("run_dir", "compile_cache", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "distributed", "data.val"),
+    *("model.path", "data.train"),
+    *("run_dir", "compile_cache", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "data.val"),
     *("model.remat", "model.attention", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk"),
     "rollout.tensor",
     *("algorithm.micro_batches", "algorithm.row_length", "algorithm.packing"),

@@ -26,6 +26,7 @@ from train.prepare import (
     validation_problems,
     value_faults,
 )
+from train.resume import run_folder
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ def examine(config: Config) -> Found:
     faults = _faults(config)
     checks.made += [Check("values", False, fault) for fault in faults] or [Check("values", True, "as they should be")]
     dtype = _dtype(config.model.compute_dtype)
+    checks.attempt("run_dir", lambda: run_folder(config.run_dir), lambda folder: folder.url or str(folder.local))
     options: dict[str, Any] = {"remat": config.model.remat, "dtype": dtype}
     if config.model.max_position_embeddings is not None:
         options["max_position_embeddings"] = config.model.max_position_embeddings

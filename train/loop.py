@@ -15,7 +15,7 @@ from rich.console import Console
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.distributed import cluster
 from rlvr_jax.evaluation import bracketed
-from rlvr_jax.files import remove_leftovers, write_json
+from rlvr_jax.files import remove_leftovers
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, config_dict, console, writing_to
@@ -29,8 +29,9 @@ from train.groups import Group, from_plain, to_plain
 from train.metrics import MetricLog, plain, write_jsonl
 from train.microscope import observe
 from train.prepare import Job
-from train.resume import fingerprint, restore
+from train.resume import restore
 from train.rollout import Collected, Collector, Decoder
+from train.same_run import CONTENT, fingerprint, write_record
 from train.step_metrics import PhaseClock, memory_metrics, phase_metrics
 from train.together import SharedPool, SharedSpool, require_same_groups
 from train.tokens import TokenTexts, token_rows
@@ -77,12 +78,10 @@ class _Run:
         trackers = self._begin_files(stack) if self.cluster.main else []
         reward = config.reward
         self.pool = stack.enter_context(SharedPool(self.cluster, reward.workers, reward.timeout_s, reward.memory_mb))
-        wanted = ("seed", "data", "rollout", "reward", "model", "algorithm", "optim", "data_sha256")
-        files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in job.model_folder.glob("*.safetensors"))
-        made_for = {name: job.record[name] for name in wanted} | {
-            "files": files,
-            "rule": rule_version(config.reward.rule),
-        }
+        wanted = ("seed", "data", "rollout", "reward", "model", "algorithm", "optim", *CONTENT)
+        made_for = {name: job.record[name] for name in wanted} | {"rule": rule_version(config.reward.rule)}
+        for name, paths in {"model": ("path",), "data": ("train", "val")}.items():  # the content counts, not the place
+            made_for[name] = {key: value for key, value in made_for[name].items() if key not in paths}
         self.spool = SharedSpool(
             self.cluster,
             self.folder / "generated" if config.checkpoint.generated else None,
@@ -125,7 +124,7 @@ class _Run:
         config, resume = config_dict(self.config), self.job.resume_from is not None
         for name in (".", "generated", "rollouts", "eval"):
             remove_leftovers(self.folder / name)
-        write_json(self.folder / "config.json", config)
+        write_record(self.folder, self.config, self.job.record)
         self.job.folder.sync()  # a place that cannot be written to is found now
         log = self.config.log
         name = log.name or (self.job.folder.url or "").rpartition("/")[2] or None

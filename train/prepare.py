@@ -16,6 +16,7 @@ from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.distributed import cluster, identity, initialize
+from rlvr_jax.fingerprint import of_values
 from rlvr_jax.models.config import QwenConfig, platform_dtype
 from rlvr_jax.models.hf import checkpoint_folder
 from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
@@ -28,7 +29,8 @@ from rlvr_jax.run_folder import RunFolder
 from rlvr_jax.sharding import make_mesh
 from train.config import MAY_CHANGE, Config, MeshConfig
 from train.evaluate import distinct
-from train.resume import fingerprint, resumable, run_folder
+from train.resume import resumable, run_folder
+from train.same_run import model_inputs, record_of
 from train.trackers import tracker_module
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class Job:
     rollout_mesh: Mesh
     """The same devices as decoding wants them."""
     record: dict
-    """What a checkpoint is compared with: the configuration and a fingerprint of the training problems as tokens."""
+    """What a checkpoint is compared with: the configuration and fingerprints of what it reads."""
     resume_from: int | None
     folder: RunFolder
     """Where everything goes."""
@@ -78,6 +80,7 @@ def check(config: Config) -> Job:
     """As `prepare`, from a configuration; together with the other processes, where there are some."""
     check_values(config)
     cluster().phase("prepare")
+    place = run_folder(config.run_dir)
     for name in config.log.trackers:
         tracker_module(name)
     for source in filter(None, (config.data.train, config.data.val if config.eval.every else None)):
@@ -111,25 +114,34 @@ def check(config: Config) -> Job:
     if config.rollout.one_step_off and mesh.size > 1:  # two programs with collectives at once may wait for each other
         raise ValueError(f"rollout.one_step_off on a mesh of {mesh.size} devices: expected one device")
     try_rule(config, train.problems)
-    record = {name: value for name, value in config_dict(config).items() if name != "distributed"} | {
-        "data_sha256": fingerprint(json.dumps([train.tokens, [p.answer for p in train.problems]]).encode())
-    }
+    stop_tokens = stop_token_ids(tokenizer, folder)
+    record = record_of(
+        config,
+        {
+            "training problems of data.train": of_values([problem.messages for problem in train.problems]),
+            "answers of data.train": of_values([problem.answer for problem in train.problems]),
+            "stop tokens": of_values(stop_tokens),
+            **model_inputs("model.path", folder, tokenizer, folder),
+        },
+        [json.dumps([train.tokens, [p.answer for p in train.problems]]).encode()],
+    )
     cluster().require_same("the configuration, the training problems or the code", *identity(record, "train"))
-    place = run_folder(config.run_dir).take()
+    with place.taken():
+        resume_from = resumable(
+            place, record, MAY_CHANGE, defaults=config_dict(Config()), fallback=config.checkpoint.fallback
+        )
     return Job(
         config=config,
         model_folder=folder,
         model_config=model_config,
         tokenizer=tokenizer,
-        stop_tokens=stop_token_ids(tokenizer, folder),
+        stop_tokens=stop_tokens,
         train=train,
         val=val,
         mesh=mesh,
         rollout_mesh=decode_mesh(mesh, [model_config.num_kv_heads], config.rollout.tensor),
         record=record,
-        resume_from=resumable(
-            place, record, MAY_CHANGE, defaults=config_dict(Config()), fallback=config.checkpoint.fallback
-        ),
+        resume_from=resume_from,
         folder=place,
     )
 

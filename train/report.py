@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlvr_jax.files import write_json
+from rlvr_jax.lock import lock
+from rlvr_jax.program import parse_flags
 from rlvr_jax.remote import is_url, local
 from train import figure
 from train.curves import Line, curve, find_metric, lines, read_run
@@ -76,7 +78,7 @@ class Report:
 
 def prepare(argv: Sequence[str]) -> Report:
     """Reads the runs. Raises ValueError naming what is not there."""
-    return read(tyro.cli(ReportConfig, args=list(argv), prog="python -m train report", description=__doc__))
+    return read(parse_flags(ReportConfig, argv, prog="python -m train report", description=__doc__))
 
 
 def read(config: ReportConfig) -> Report:
@@ -100,6 +102,11 @@ def read(config: ReportConfig) -> Report:
 
 def run(report: Report) -> None:
     """Writes the figures and report.json, and prints the table."""
+    with lock(report.out):
+        _write(report)
+
+
+def _write(report: Report) -> None:
     made = {
         "curves.png": figure.curves_figure(report.lines, report.metrics),
         "gradient.png": figure.gradient_figure(report.lines),

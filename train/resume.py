@@ -1,24 +1,17 @@
 """Where a run is kept, and whether there is one to go on with."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-from rlvr_jax.checkpoint import (
-    Checkpoints,
-    DamagedCheckpoint,
-    Restored,
-    any_there,
-    check_place,
-    require_same_config,
-)
+from rlvr_jax.checkpoint import Checkpoints, DamagedCheckpoint, Restored, any_there, check_place
 from rlvr_jax.distributed import cluster
 from rlvr_jax.program import RunError
 from rlvr_jax.run_folder import RunFolder
+from train.same_run import require_free, require_same_run
 
 log = logging.getLogger(__name__)
-GOES_ON_FROM = ("metrics.jsonl", "trackers.json", "generated", "compile_cache")
+GOES_ON_FROM = ("config.json", "inputs.json", "metrics.jsonl", "trackers.json", "generated", "compile_cache")
 
 
 def run_folder(run_dir: str) -> RunFolder:
@@ -36,25 +29,28 @@ def resumable(
     defaults: dict | None = None,
     fallback: bool = False,
 ) -> int | None:
-    """Step of the newest checkpoint of a run, as far as its plain values say; None where there is none.
+    """Step of the newest checkpoint of a run, as far as its plain values say; None where there is none, and it begins.
 
     An option that is younger than the checkpoint had the value that it has in `defaults`.
 
     Raises:
-      ValueError: it was made with another configuration; it is damaged, and `fallback` does not allow an older one.
+      ValueError: the folder holds another run (`train.same_run`); the checkpoint is damaged, and `fallback` does not
+        allow an older one.
     """
-    if not cluster().broadcast(any_there(folder.checkpoints)):
-        return None
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        steps = cluster().broadcast(checkpoints.steps)
-        for step in reversed(steps):
-            try:
-                saved = _filled(checkpoints.host(step)["config"], defaults or {})
-            except DamagedCheckpoint as error:
-                _passed_over(error, step, steps, fallback)
-                continue
-            require_same_config(saved, record, may_change=may_change)
-            return step
+    defaults = defaults or {}
+    if cluster().broadcast(any_there(folder.checkpoints)):
+        with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+            steps = cluster().broadcast(checkpoints.steps)
+            for step in reversed(steps):
+                try:
+                    saved = checkpoints.host(step)["config"]
+                except DamagedCheckpoint as error:
+                    _passed_over(error, step, steps, fallback)
+                    continue
+                require_same_run(saved, record, may_change, defaults=defaults)
+                return step
+    if cluster().main:
+        require_free(folder.local, record, may_change, defaults=defaults)
     return None
 
 
@@ -97,18 +93,3 @@ def _passed_over(error: DamagedCheckpoint, step: int, steps: Sequence[int], fall
             f"{', '.join(map(str, older))})"
         ) from error
     log.warning("%s; the one of step %d is tried (checkpoint.fallback)", error, older[-1])
-
-
-def fingerprint(*parts: bytes) -> str:
-    """SHA-256 of the data that a run trains on."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _filled(saved: dict, defaults: dict) -> dict:
-    return defaults | {
-        key: _filled(value, defaults.get(key) or {}) if isinstance(value, dict) else value
-        for key, value in saved.items()
-    }

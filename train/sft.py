@@ -26,7 +26,6 @@ from rlvr_jax.data.prompts import prompt_batches
 from rlvr_jax.data.sft import encode_conversation, read_conversations
 from rlvr_jax.data.text import Tokenizer, load_tokenizer
 from rlvr_jax.distributed import DistributedConfig, cluster, identity, initialize, place, to_host
-from rlvr_jax.files import write_json
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import init_params, param_axes
@@ -59,7 +58,8 @@ from train.display import Display
 from train.export import export
 from train.metrics import MetricLog
 from train.prepare import check_optim, mesh_for, model_folder, read_model_config
-from train.resume import fingerprint, restore, resumable, run_folder
+from train.resume import restore, resumable, run_folder
+from train.same_run import model_inputs, record_of, write_record
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,7 @@ class SFTConfig:
 MAY_CHANGE = (
     *("run_dir", "compile_cache", "mesh", "checkpoint", "log_every", "tensorboard", "remat", "logprob_chunk"),
     "micro_batches",
+    *("model", "init_config", "tokenizer", "data"),  # their content is compared (`train.same_run`)
 )
 
 
@@ -138,7 +139,7 @@ class SFTJob:
     mesh: Mesh
     steps: int
     record: dict
-    """What a checkpoint is compared with: the configuration and a fingerprint of the data as tokens."""
+    """What a checkpoint is compared with: the configuration and fingerprints of what it reads."""
     resume_from: int | None
     folder: RunFolder
     """Where everything goes."""
@@ -178,6 +179,7 @@ def check(config: SFTConfig) -> SFTJob:
     """As `prepare`, from a configuration; together with the other processes, where there are some."""
     check_values(config)
     cluster().phase("prepare")
+    run_place = run_folder(config.run_dir)
     if not Path(local(config.data)).is_file():  # before a model is downloaded
         raise ValueError(f"{config.data}: no such file")
     folder = model_folder(config.model) if config.model else None
@@ -192,11 +194,25 @@ def check(config: SFTConfig) -> SFTJob:
         longest=tokens_NT.shape[1],
         what="the longest conversation",
     )
-    record = {name: value for name, value in config_dict(config).items() if name != "distributed"} | {
-        "data_sha256": fingerprint(tokens_NT.tobytes(), loss_mask_NT.tobytes())
-    }
+    inputs = model_inputs(
+        "model",
+        folder,
+        tokenizer,
+        Path(local(config.tokenizer)) if config.tokenizer else folder,
+        init_config=Path(local(config.init_config)) if config.init_config else None,
+    )
+    record = record_of(config, inputs, [tokens_NT.tobytes(), loss_mask_NT.tobytes()])
     cluster().require_same("the configuration, the data or the code", *identity(record, "train"))
-    run_place = run_folder(config.run_dir).take()
+    # At a constant rate, more steps are the same run, longer.
+    longer = ("steps", "epochs") if config.optim.schedule == "constant" else ()
+    with run_place.taken():
+        resume_from = resumable(
+            run_place,
+            record,
+            (*MAY_CHANGE, *longer),
+            defaults=config_dict(SFTConfig()),
+            fallback=config.checkpoint.fallback,
+        )
     return SFTJob(
         config=config,
         model_folder=folder,
@@ -207,13 +223,7 @@ def check(config: SFTConfig) -> SFTJob:
         mesh=mesh_for(config.mesh, config.batch // config.micro_batches, "batch / micro_batches"),
         steps=config.steps or math.ceil(config.epochs * len(tokens_NT) / config.batch),
         record=record,
-        resume_from=resumable(
-            run_place,
-            record,
-            # at a constant rate, more steps are the same run, longer
-            (*MAY_CHANGE, *(("steps", "epochs") if config.optim.schedule == "constant" else ())),
-            fallback=config.checkpoint.fallback,
-        ),
+        resume_from=resume_from,
         folder=run_place,
     )
 
@@ -268,7 +278,7 @@ def run(job: SFTJob) -> None:
     with writing_to(config.run_dir), contextlib.ExitStack() as stack:
         stack.enter_context(job.folder)
         if main:
-            write_json(folder / "config.json", config_dict(config))
+            write_record(folder, config, job.record)
         job.folder.sync()  # a place that cannot be written to is found now
         stack.enter_context(compile_cache(config.compile_cache, folder))
         stack.enter_context(jax.set_mesh(job.mesh))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rlvr_jax.data.rows import ENDINGS
+from rlvr_jax.paths import at_home
 from rlvr_jax.remote import filesystem, is_url, local, naming
 
 Source = str | Path | Sequence[str]
@@ -43,6 +44,7 @@ def _files(source: str) -> list[Path]:
         return _from_hub(source)
     if is_url(source):
         return _at_url(source)
+    source = at_home(source)
     path = Path(source)
     if path.is_dir():
         return _shards(path, source)

@@ -20,6 +20,7 @@ from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf_names import TOP_NAMES, Slot, checkpoint_slots
 from rlvr_jax.models.qwen import Params, param_specs
 from rlvr_jax.models.tensorfile import DTYPES, TensorInfo, read_header, read_tensor, tensor_bytes, write_file
+from rlvr_jax.paths import at_home
 from rlvr_jax.remote import is_url, local_copy
 from rlvr_jax.sharding import ShardingRules
 
@@ -91,7 +92,7 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     """The local folder of `path`; copies what is at a URL, downloads a hub repository where there is no such folder."""
     if is_url(path):
         return local_copy(os.fspath(path))
-    folder, name = Path(path), str(path)
+    folder, name = Path(at_home(path)), str(path)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -252,7 +253,7 @@ def save_hf(
       FileExistsError: the folder already holds a checkpoint, and `overwrite` is false.
       ValueError: parameters that do not fit the config, each named, or a dtype that safetensors or the model lacks.
     """
-    folder = Path(path)
+    folder = Path(at_home(path))
     writer = jax.process_index() == 0
     slots = checkpoint_slots(config)
     _check_params(config, params)
