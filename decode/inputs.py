@@ -16,6 +16,7 @@ from rlvr_jax.data.text import Tokenizer, encode_text, load_tokenizer, render_ch
 from rlvr_jax.fingerprint import of_file, of_model, of_tokenizer, of_values
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import checkpoint_folder
+from rlvr_jax.models.hf_folder import count_weights
 from rlvr_jax.remote import TEXT_FILES, local
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,7 @@ def model_folder(role: str, path: str) -> Path:
         folder = checkpoint_folder(path)
     except OSError as error:
         raise ValueError(f"{role} = {error}") from error
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{role} = {folder}: no .safetensors file in this folder")
+    count_weights(f"{role} = {folder}", (file.name for file in folder.iterdir()))
     return folder
 
 

@@ -47,6 +47,34 @@ def json_bytes(value: Any, *, indent: int | None = None, allow_nan: bool = True)
     return text.encode("utf-8", "backslashreplace")  # whose escapes are those of JSON
 
 
+def read_json(path: str | os.PathLike[str], *, most_bytes: int = 1 << 24) -> dict[str, Any]:
+    """The JSON object in a file that may come from anywhere, in bounded time and memory.
+
+    A byte order mark is passed over. NaN and infinities, which are no JSON, are refused.
+
+    Raises:
+      ValueError: larger than `most_bytes`, no JSON, nested too deeply, or not an object; naming the file.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        raw = file.read(most_bytes + 1)
+    if len(raw) > most_bytes:
+        raise ValueError(f"{path}: more than {most_bytes:,} bytes, which no file of this kind has")
+    try:
+        content = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from error
+    except ValueError as error:  # also UnicodeDecodeError, and numbers of thousands of digits
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 1) -> None:
     """Writes `value` as JSON, atomically."""
     with atomic_path(path) as temporary:

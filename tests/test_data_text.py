@@ -114,17 +114,36 @@ def test_stop_tokens(tiny, tmp_path, caplog):
     for value, expected in [(start, (end, start)), ([start, end, 9], (end, start, 9)), (None, (end,)), (0, (end, 0))]:
         path.write_text(json.dumps({"eos_token_id": value}))
         assert stop_token_ids(tiny, tmp_path) == stop_token_ids(tiny, path) == tuple(dict.fromkeys(expected))
-    for value in ("<e>", [1.5], -1, True):
+    for value in ("<e>", [1.5], -1, True, 2**31, {"a": 1}, [[1]]):
         path.write_text(json.dumps({"eos_token_id": value}))
         with pytest.raises(ValueError, match="eos_token_id"):
             stop_token_ids(tiny, path)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="not a JSON object"):
-        stop_token_ids(tiny, path)
+    for text, named in (("[]", "holds a list"), ("{", "not valid JSON"), ('{"eos_token_id": NaN}', "NaN is no number")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"generation_config\.json: {named}|not valid JSON \({named}"):
+            stop_token_ids(tiny, path)
     with pytest.raises(ValueError, match="no such file"):
         stop_token_ids(tiny, tmp_path / "absent.json")
     assert stop_token_ids(make_tokenizer(eos_token=None), None) == ()
-    assert "names a stop token" in caplog.text
+    assert "no stop token is named" in caplog.text
+
+
+def test_stop_tokens_of_config_json(tiny, tmp_path):
+    """Where generation_config.json is missing or names none, transformers and vLLM take those of config.json."""
+    end, start = tiny.convert_tokens_to_ids(["<e>", "<s>"])
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [start, 9]}))
+    assert stop_token_ids(tiny, tmp_path) == (end, start, 9)
+    for settings, expected in [
+        ({}, (end, start, 9)),
+        ({"eos_token_id": None}, (end, start, 9)),
+        ({"eos_token_id": 7}, (end, 7)),
+    ]:
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+        assert stop_token_ids(tiny, tmp_path) == expected
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(ValueError, match=r"config\.json: eos_token_id = '</s>'"):
+        stop_token_ids(tiny, tmp_path)
 
 
 def test_token_zero_may_end_a_response(tmp_path):

@@ -142,7 +142,7 @@ def test_yarn_frequencies_by_hand():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"use_sliding_window": True}, "sliding-window"),
+        ({"use_sliding_window": True, "max_window_layers": 27, "sliding_window": 4095}, "sliding-window"),
         ({"use_sliding_window": True, "sliding_window": None, "layer_types": ["sliding_attention"] * 28}, "sliding"),
         ({"model_type": "qwen3_moe"}, "mixture-of-experts.*"),
         ({"model_type": "qwen2_moe", "num_experts": 60}, "qwen2_moe.*mixture-of-experts"),

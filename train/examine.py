@@ -12,6 +12,7 @@ from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.data.sources import check_source
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.hf_folder import count_weights
 from rlvr_jax.remote import TEXT_FILES, filesystem, is_url, listing, local_copy, naming
 from rlvr_jax.sharding import MESH_AXES
 from train.config import Config
@@ -219,10 +220,7 @@ def _weights(path: str) -> int:
         import huggingface_hub
 
         files = huggingface_hub.list_repo_files(path)
-    count = sum(name.endswith(".safetensors") for name in files)
-    if not count:
-        raise ValueError(f"{path}: no .safetensors file in this folder")
-    return count
+    return count_weights(path, files)
 
 
 def _tokenizer(path: str, folder: Path) -> Tokenizer:

@@ -1,13 +1,13 @@
 """A trained policy as a Hugging Face folder."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from rlvr_jax.files import atomic_path
+from rlvr_jax.data.text import stop_token_ids
+from rlvr_jax.files import atomic_path, read_json
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import save_hf
 
@@ -38,17 +38,27 @@ def export(
     what transformers 5 writes for the same tokenizer older versions cannot read. `dtype` "auto" stores the compute
     dtype, in which the policy was sampled.
     """
-    settings = None if base is None else base / "generation_config.json"
     save_hf(
         folder,
         config,
         params,
         tokenizer=tokenizer,
         dtype=config.dtype if dtype == "auto" else dtype,
-        generation_config=json.loads(settings.read_text(encoding="utf-8")) if settings and settings.is_file() else None,
+        generation_config=None if base is None else _generation_config(base, tokenizer),
         overwrite=True,
     )
     for name in TOKENIZER_FILES:
         if jax.process_index() == 0 and tokenizer_folder is not None and (tokenizer_folder / name).is_file():
             with atomic_path(folder / name) as temporary:
                 shutil.copyfile(tokenizer_folder / name, temporary)
+
+
+def _generation_config(base: Path, tokenizer: Any) -> dict[str, Any]:
+    """That of the base model; where it names no stop token, with those that the policy was sampled with."""
+    path = base / "generation_config.json"
+    ids = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "pad_token_id")}
+    settings = read_json(path) if path.is_file() else {key: token for key, token in ids.items() if token is not None}
+    stops = stop_token_ids(tokenizer, base)
+    if settings.get("eos_token_id") is None and stops:
+        settings["eos_token_id"] = list(stops)
+    return settings

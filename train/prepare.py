@@ -19,6 +19,7 @@ from rlvr_jax.distributed import cluster, identity, initialize
 from rlvr_jax.fingerprint import of_values
 from rlvr_jax.models.config import QwenConfig, platform_dtype
 from rlvr_jax.models.hf import checkpoint_folder
+from rlvr_jax.models.hf_folder import count_weights
 from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
 from rlvr_jax.objectives.masks import TOKEN_MASKS
 from rlvr_jax.objectives.policy import AGGREGATIONS, POLICY_LOSSES
@@ -293,8 +294,7 @@ def value_faults(config: Config) -> Iterator[str]:
 def model_folder(path: str) -> Path:
     """The local folder of a model, with its weights in it."""
     folder = checkpoint_folder(path)
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{path}: no .safetensors file in this folder")
+    count_weights(path, (file.name for file in folder.iterdir()))
     return folder
 
 
@@ -335,9 +335,9 @@ def read_model_config(
             f"{what} is {longest} tokens: expected at most max_position_embeddings={config.max_position_embeddings} "
             "(model.max_position_embeddings raises it)"
         )
-    if len(tokenizer) > config.vocab_size:
+    if (highest := max(tokenizer.get_vocab().values(), default=-1)) >= config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {config.vocab_size}"
+            f"{folder}: the tokenizer goes up to token {highest}, the model's vocab_size is {config.vocab_size}"
         )
     return config
 

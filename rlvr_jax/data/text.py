@@ -1,6 +1,5 @@
 """Tokenizers and chat prompts: the host side of text."""
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from rlvr_jax.data.rows import brief
-from rlvr_jax.files import valid_text
+from rlvr_jax.files import read_json, valid_text
 from rlvr_jax.remote import TEXT_FILES, local
 
 logger = logging.getLogger(__name__)
@@ -144,14 +143,15 @@ def stop_token_ids(tokenizer: Tokenizer, generation_config: str | Path | None) -
     """The tokens that end a response: the tokenizer's end-of-text token, then those of generation_config.json.
 
     Both count, as in the published rollouts: a chat template may close turns with a token (`<|im_end|>`) that a base
-    model's generation_config.json does not list (`<|endoftext|>`), and the other way round.
+    model's generation_config.json does not list (`<|endoftext|>`), and the other way round. In a folder whose
+    generation_config.json is missing or names none, those of config.json count, as in transformers and vLLM.
 
     Args:
         tokenizer: its `eos_token`, if any.
-        generation_config: generation_config.json, or a folder that may hold one, or None.
+        generation_config: generation_config.json, or the folder of a model, or None.
 
     Returns:
-        Distinct ids; empty (and a warning is logged) where neither names one, so that no response would ever end early.
+        Distinct ids; empty (and a warning is logged) where nothing names one, so that no response would ever end early.
 
     Raises:
         ValueError: no such file or folder, or an `eos_token_id` that is neither an id nor a list of ids.
@@ -162,22 +162,17 @@ def stop_token_ids(tokenizer: Tokenizer, generation_config: str | Path | None) -
         path = Path(generation_config)
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder, expected generation_config.json or its folder")
-        if path.is_dir():
-            path = path / "generation_config.json"
-        if path.exists():
-            found += _end_ids(path)
+        files = [path / "generation_config.json", path / "config.json"] if path.is_dir() else [path]
+        found += next((ids for file in files if file.exists() and (ids := _end_ids(file))), [])
     if not found:
-        logger.warning("%s: neither eos_token nor generation_config.json names a stop token", tokenizer.name_or_path)
+        logger.warning("%s: no stop token is named by eos_token or the model's files", tokenizer.name_or_path)
     return tuple(dict.fromkeys(found))
 
 
 def _end_ids(path: Path) -> list[int]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a JSON object: {error}") from error
+    value = read_json(path).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise ValueError(f"{path}: eos_token_id = {value!r}: expected a token id or a list of them")
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+            raise ValueError(f"{path}: eos_token_id = {value!r:.200}: expected a token id or a list of them")
     return ids

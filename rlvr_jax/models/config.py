@@ -1,8 +1,6 @@
 """Architecture of the dense Qwen2, Qwen2.5 and Qwen3 models, read from and written as a Hugging Face config.json."""
 
 import dataclasses
-import json
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,22 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-logger = logging.getLogger(__name__)
+from rlvr_jax.models.hf_config import ARCHITECTURES, MOST, check_yarn, is_number, is_size, parse_rope, read_fields
 
-_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _REMAT = ("none", "attention", "dots", "full")
 ATTENTIONS = ("auto", "plain", "chunked", "splash", "cudnn")
 _DTYPES = ("float32", "bfloat16", "float16")
-# Switches of other architectures or of storage formats. Each changes the numbers, so none may be passed over.
-_REFUSED_KEYS = {
-    "num_experts": "a mixture-of-experts (MoE) model",
-    "num_local_experts": "a mixture-of-experts (MoE) model",
-    "moe_intermediate_size": "a mixture-of-experts (MoE) model",
-    "quantization_config": "a quantised checkpoint",
-    "vision_config": "a vision-language model",
-    "audio_config": "an audio-language model",
-    "thinker_config": "an omni-modal model",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +40,8 @@ class YarnConfig:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1:
-            raise ValueError(f"rope_scaling: factor is {self.factor!r}, expected a number of at least 1")
-        if not self.original_max_position_embeddings > 0:
-            raise ValueError(
-                f"rope_scaling: original_max_position_embeddings is {self.original_max_position_embeddings!r}, "
-                "expected a positive number of tokens"
-            )
-        if self.beta_fast < self.beta_slow:
-            raise ValueError(f"rope_scaling: beta_fast {self.beta_fast} is below beta_slow {self.beta_slow}")
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        check_yarn({name: value for name, value in given.items() if value is not None}, "YarnConfig")
 
     @property
     def cos_sin_factor(self) -> float:
@@ -130,19 +110,20 @@ class QwenConfig:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
-        widths = ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
-        for name in (*widths, "num_layers", "num_heads", "num_kv_heads", "max_position_embeddings"):
+        for name, most in MOST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"QwenConfig: {name} is {value!r}, expected a positive integer")
-        if self.model_type not in _ARCHITECTURES:
-            raise ValueError(f"QwenConfig: model_type is {self.model_type!r}, expected one of {list(_ARCHITECTURES)}")
+            if not is_size(value, most):
+                raise ValueError(f"QwenConfig: {name} is {value!r:.200}, expected an integer from 1 to {most:,}")
+        if self.model_type not in ARCHITECTURES:
+            raise ValueError(f"QwenConfig: model_type is {self.model_type!r}, expected one of {list(ARCHITECTURES)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"QwenConfig: num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"QwenConfig: head_dim is {self.head_dim}, rotary embeddings need an even number")
-        if not self.rope_theta > 0:
-            raise ValueError(f"QwenConfig: rope_theta is {self.rope_theta!r}, expected a positive number")
+        for name, low in (("rope_theta", 2), ("rms_norm_eps", 0), ("initializer_range", 0)):
+            value = getattr(self, name)
+            if not is_number(value, low):
+                raise ValueError(f"QwenConfig: {name} is {value!r:.200}, expected a finite number of at least {low}")
         if self.remat not in _REMAT:
             raise ValueError(f"QwenConfig: remat is {self.remat!r}, expected one of {list(_REMAT)}")
         if self.attention not in ATTENTIONS:
@@ -170,55 +151,22 @@ class QwenConfig:
             YaRN, a quantised checkpoint, a missing key or an unknown override; each named.
           FileNotFoundError: no such file.
         """
-        hf, where = _read(source)
-        _refuse_unsupported(hf, where)
-
-        def size(key: str, default: int | None = None) -> int:
-            value = default if hf.get(key) is None else hf[key]
-            if value is None:
-                raise ValueError(f"{where}: {key!r} is missing, expected a positive integer")
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{where}: {key!r} is {value!r}, expected a positive integer")
-            return value
-
-        model_type, hidden_size, num_heads = hf["model_type"], size("hidden_size"), size("num_attention_heads")
-        if hf.get("head_dim") is not None:
-            head_dim = size("head_dim")
-        else:
-            if model_type == "qwen2" and hidden_size % num_heads:
-                raise ValueError(
-                    f"{where}: no head_dim, and num_attention_heads {num_heads} does not divide {hidden_size=}"
-                )
-            # 128 is what transformers assumes for a Qwen3 config without the key.
-            head_dim = 128 if model_type == "qwen3" else hidden_size // num_heads
-        max_positions = size("max_position_embeddings", 32768)
-        rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-        theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10_000.0
-        fields: dict[str, Any] = {
-            "model_type": model_type,
-            "vocab_size": size("vocab_size"),
-            "hidden_size": hidden_size,
-            "intermediate_size": size("intermediate_size"),
-            "num_layers": size("num_hidden_layers"),
-            "num_heads": num_heads,
-            "num_kv_heads": size("num_key_value_heads", num_heads),
-            "head_dim": head_dim,
-            "rope_theta": float(theta),
-            "rope_scaling": _parse_rope(rope, max_positions, where),
-            "rms_norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
-            "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
-            "qkv_bias": model_type == "qwen2",
-            "qk_norm": model_type == "qwen3",
-            "max_position_embeddings": max_positions,
-            "initializer_range": float(hf.get("initializer_range", 0.02)),
-        }
         unknown = set(overrides) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"QwenConfig.from_hf: unknown override {sorted(unknown)}, expected fields of QwenConfig")
+        positions = overrides.get("max_position_embeddings")
+        fields, where = read_fields(source, positions if isinstance(positions, int) else None)
         if isinstance(overrides.get("rope_scaling"), Mapping):
-            parsed = _parse_rope(dict(overrides["rope_scaling"]), max_positions, "override rope_scaling")
-            overrides = overrides | {"rope_scaling": parsed}
-        return cls(**(fields | overrides))
+            declared = fields["max_position_embeddings"]
+            parsed = parse_rope(overrides["rope_scaling"], declared, "override rope_scaling")
+            overrides = overrides | {"rope_scaling": None if parsed is None else YarnConfig(**parsed)}
+        try:
+            if fields["rope_scaling"] is not None:
+                fields["rope_scaling"] = YarnConfig(**fields["rope_scaling"])
+            config = cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return dataclasses.replace(config, **overrides)
 
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json, in the keys of the published Qwen configs, which transformers 4 and 5 read.
@@ -244,7 +192,7 @@ class QwenConfig:
                 if field.default is dataclasses.MISSING or value != getattr(defaults, field.name):
                     scaling[field.name] = value
         content = {
-            "architectures": [_ARCHITECTURES[self.model_type]],
+            "architectures": [ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -270,73 +218,6 @@ class QwenConfig:
     def compute_dtype(self, param_dtype: Any) -> jnp.dtype:
         """`dtype` as a dtype; that of the parameters where it is None."""
         return jnp.dtype(self.dtype if self.dtype is not None else param_dtype)
-
-
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    if isinstance(source, Mapping):
-        return dict(source), "config"
-    path = Path(source)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected a Hugging Face config.json")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
-    return content, str(path)
-
-
-def _refuse_unsupported(hf: Mapping[str, Any], where: str) -> None:
-    expected = "expected a dense Qwen2, Qwen2.5 or Qwen3 model (model_type 'qwen2' or 'qwen3')"
-    model_type = hf.get("model_type")
-    if model_type not in _ARCHITECTURES:
-        kind = "a mixture-of-experts (MoE) model is not supported" if "moe" in str(model_type) else "not supported"
-        raise ValueError(f"{where}: model_type {model_type!r}: {kind}; {expected}")
-    for key, kind in _REFUSED_KEYS.items():
-        if hf.get(key):
-            raise ValueError(f"{where}: {key} is {hf[key]!r}: {kind} is not supported; {expected}")
-    architectures = hf.get("architectures") or [_ARCHITECTURES[model_type]]
-    if list(architectures) != [_ARCHITECTURES[model_type]]:
-        raise ValueError(f"{where}: architectures is {architectures!r}, expected [{_ARCHITECTURES[model_type]!r}]")
-    layer_types = set(hf.get("layer_types") or ()) - {"full_attention"}
-    # An absent window is 4096 to transformers; published configs carry a number and switch it off.
-    if (hf.get("use_sliding_window") and hf.get("sliding_window", 4096) is not None) or layer_types:
-        raise ValueError(
-            f"{where}: sliding-window attention is not supported (use_sliding_window={hf.get('use_sliding_window')!r}, "
-            f"sliding_window={hf.get('sliding_window')!r}, layer_types={sorted(layer_types)}), expected full attention"
-        )
-    for key, allowed in {"hidden_act": "silu", "attention_dropout": 0}.items():
-        if hf.get(key, allowed) != allowed:
-            raise ValueError(f"{where}: {key} is {hf[key]!r}, expected {allowed!r}")
-    if model_type == "qwen3" and hf.get("attention_bias"):
-        raise ValueError(f"{where}: attention_bias is {hf['attention_bias']!r} on a qwen3 config, expected false")
-    if hf.get("dual_chunk_attention_config"):
-        logger.warning("%s: dual_chunk_attention_config is not applied (nor is it by transformers)", where)
-
-
-def _parse_rope(rope: dict[str, Any], max_positions: int, where: str) -> YarnConfig | None:
-    """The scaling in `rope`, a `rope_scaling` or `rope_parameters` dict without its theta; emptied as it is read."""
-    kinds = {kind for kind in (rope.pop("rope_type", None), rope.pop("type", None)) if kind is not None}
-    if len(kinds) > 1:
-        raise ValueError(f"{where}: rope_type and type disagree: {sorted(kinds)}")
-    kind = kinds.pop() if kinds else "default"
-    if kind == "default" and not rope:
-        return None
-    if kind != "yarn":
-        raise ValueError(f"{where}: rope scaling {kind!r} with {rope} is not supported, expected 'default' or 'yarn'")
-    unknown = set(rope) - {field.name for field in dataclasses.fields(YarnConfig)}
-    if unknown:
-        raise ValueError(f"{where}: unknown YaRN keys {sorted(unknown)}")
-    given = {key: value for key, value in rope.items() if value is not None}
-    for key, value in given.items():
-        if not isinstance(value, (int, float)):
-            raise ValueError(f"{where}: YaRN key {key} is {value!r}, expected a number")
-    original = given.setdefault("original_max_position_embeddings", max_positions)
-    given.setdefault("factor", max_positions / original)
-    return YarnConfig(**given)
 
 
 def platform_dtype() -> str:

@@ -1,7 +1,6 @@
 """Hugging Face checkpoint folders in and out: config.json, safetensors, generation_config.json, tokenizer files."""
 
 import json
-import logging
 import mmap
 import os
 import re
@@ -17,16 +16,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.models.hf_names import TOP_NAMES, Slot, checkpoint_slots
+from rlvr_jax.models.hf_folder import INDEX, SINGLE, check_tensors, find_tensors, refuse_adapter
+from rlvr_jax.models.hf_names import Slot, checkpoint_slots
 from rlvr_jax.models.qwen import Params, param_specs
-from rlvr_jax.models.tensorfile import DTYPES, TensorInfo, read_header, read_tensor, tensor_bytes, write_file
+from rlvr_jax.models.tensorfile import DTYPES, TensorInfo, read_tensor, tensor_bytes, write_file
 from rlvr_jax.paths import at_home
 from rlvr_jax.remote import is_url, local_copy
 from rlvr_jax.sharding import ShardingRules
 
-logger = logging.getLogger(__name__)
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _BLOCK = 256  # rows transposed at a time, so that both sides stay in the processor's cache
 
 
@@ -52,7 +49,8 @@ def load_hf(
       dtype: dtype of the parameters; None keeps the stored one.
       mesh: places each parameter on this mesh, laid out by `rules`; without one, on the default device.
       rules: logical axis -> mesh axis; `ShardingRules()` by default.
-      overrides: fields for `QwenConfig.from_hf`, e.g. {"max_position_embeddings": 32768}.
+      overrides: fields for `QwenConfig.from_hf`, e.g. {"max_position_embeddings": 32768}. A smaller vocab_size reads
+        only the first rows of the embedding and of the unembedding: the others are padding beyond the tokenizer.
 
     Returns:
       The config and the parameters, for `Qwen(config).apply({"params": params}, tokens_BT)`.
@@ -64,9 +62,9 @@ def load_hf(
     """
     folder = checkpoint_folder(path)
     config = QwenConfig.from_hf(folder, **(overrides or {}))
-    infos = _find_tensors(folder)
     slots = checkpoint_slots(config)
-    _check(folder, config, slots, infos)
+    infos = find_tensors(folder, tied=config.tie_word_embeddings)
+    check_tensors(folder, config, slots, infos, cut="vocab_size" in (overrides or {}))
     if dtype is None:
         stored = {infos[name].dtype for name in slots}
         if len(stored) > 1:
@@ -94,6 +92,7 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
         return local_copy(os.fspath(path))
     folder, name = Path(at_home(path)), str(path)
     if folder.is_dir():
+        refuse_adapter(folder)
         return folder
     if folder.exists():
         raise FileNotFoundError(f"{path}: is a file, expected a checkpoint folder")
@@ -109,74 +108,6 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:  # the hub's errors, offline mode and connection failures are all of this kind
         reason = f"{type(error).__name__}: {error}"
         raise FileNotFoundError(f"{path}: no such folder, and not obtained from the hub ({reason})") from error
-
-
-def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """The tensors of a folder's one file or of the shards in its index; raises on duplicates and on a false index."""
-    single, index = folder / _SINGLE, folder / _INDEX
-    if single.is_file() and index.is_file():
-        raise ValueError(f"{folder}: holds both {_SINGLE} and {_INDEX}, so every tensor is duplicate; keep one")
-    if single.is_file():
-        return read_header(single)
-    if not index.is_file():
-        pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(kind))
-        hint = f"; pickled weights are never read: {', '.join(pickled)}" if pickled else ""
-        raise FileNotFoundError(f"{folder}: neither {_SINGLE} nor {_INDEX}{hint}")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: expected a JSON object with a weight_map from tensor to file ({error})") from error
-    infos: dict[str, TensorInfo] = {}
-    problems = []
-    for shard in shards:
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: weight_map names the file {shard!r}, expected a .safetensors file")
-        if not (folder / shard).is_file():
-            absent = [name for name, file in weight_map.items() if file == shard]
-            raise FileNotFoundError(f"{folder / shard}: no such shard; missing tensors: {', '.join(sorted(absent))}")
-        for name, info in read_header(folder / shard).items():
-            if name in infos:
-                problems.append(f"duplicate: {name} (in {infos[name].file.name} and {shard})")
-            elif weight_map.get(name, shard) != shard:
-                problems.append(f"duplicate: {name} (in {shard}, but the index says {weight_map[name]})")
-            infos[name] = info
-    problems += [f"missing: {name} (the index says {weight_map[name]})" for name in weight_map if name not in infos]
-    if problems:
-        raise ValueError(f"{folder}: {len(problems)} problems with its tensors\n  " + "\n  ".join(problems))
-    return infos
-
-
-def _check(folder: Path, config: QwenConfig, slots: Mapping[str, Slot], infos: Mapping[str, TensorInfo]) -> None:
-    """Raises ValueError naming every tensor that is missing, unknown, of a wrong shape or of an unreadable dtype."""
-    problems = [f"missing: {name} {list(slot.shape)}" for name, slot in slots.items() if name not in infos]
-    for name, info in infos.items():
-        if name == TOP_NAMES["unembed"] and config.tie_word_embeddings:
-            # Some published tied checkpoints store the shared matrix twice; only a true copy can be passed over.
-            embed = infos.get(TOP_NAMES["embed"])
-            if embed is None or info[1:3] != embed[1:3] or not _same_bytes(info, embed):
-                problems.append(f"unknown: {name} differs from {TOP_NAMES['embed']}, but tie_word_embeddings is true")
-        elif name not in slots:
-            problems.append(f"unknown: {name} {list(info.shape)}")
-        elif info.shape != slots[name].shape:
-            problems.append(f"wrong shape: {name} is {list(info.shape)}, expected {list(slots[name].shape)}")
-        elif info.dtype not in DTYPES:
-            problems.append(f"wrong dtype: {name} is {info.dtype}, expected one of {', '.join(DTYPES)}")
-    if problems:
-        raise ValueError(f"{folder}: {len(problems)} problems with its tensors\n  " + "\n  ".join(problems))
-
-
-def _same_bytes(a: TensorInfo, b: TensorInfo, chunk: int = 1 << 24) -> bool:
-    if a.size != b.size:
-        return False
-    with open(a.file, "rb") as file_a, open(b.file, "rb") as file_b:
-        file_a.seek(a.start)
-        file_b.seek(b.start)
-        for done in range(0, a.size, chunk):
-            count = min(chunk, a.size - done)
-            if file_a.read(count) != file_b.read(count):
-                return False
-    return True
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -196,7 +127,7 @@ def _assemble(
     bounds = {d: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for d, index in regions.items()}
     buffers = {region: _empty(tuple(stop - start for start, stop in region), dtype) for region in set(bounds.values())}
     for slot, info in parts:
-        tensor = read_tensor(info)
+        tensor = read_tensor(info, rows=slot.shape[0])
         for region, buffer in buffers.items():
             if slot.layer is None:
                 _fill(buffer, tensor, slot.transposed, shape, region)
@@ -246,7 +177,8 @@ def save_hf(
       dtype: dtype to store; None keeps that of the embedding for all.
       max_shard_bytes: beyond this many bytes the weights are split into files of at most so many (a tensor that is
         larger than this gets a file of its own).
-      generation_config: content of generation_config.json; by default the special token ids of the tokenizer.
+      generation_config: content of generation_config.json; by default the special token ids of the tokenizer. The
+        token ids in it go into config.json too.
       overwrite: replace a checkpoint that is already there.
 
     Raises:
@@ -309,7 +241,7 @@ def _leaves(specs: Params) -> list[tuple[Any, Any]]:
 
 
 def _checkpoint_files(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name in ("config.json", _INDEX) or p.suffix == ".safetensors")
+    return sorted(p.name for p in folder.iterdir() if p.name in ("config.json", INDEX) or p.suffix == ".safetensors")
 
 
 def _write_weights(
@@ -325,7 +257,7 @@ def _write_weights(
         shards[-1].append(name)
         used += size
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = files if len(files) > 1 else [_SINGLE]
+    files = files if len(files) > 1 else [SINGLE]
 
     def producer(slot: Slot) -> Any:
         return lambda: _to_host(slot, params, dtype)
@@ -340,7 +272,7 @@ def _write_weights(
     if writer and len(files) > 1:
         total = sum(tensor_bytes(slot.shape, dtype) for slot in slots.values())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _dump(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _dump(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _to_host(slot: Slot, params: Params, dtype: np.dtype) -> np.ndarray:
@@ -366,11 +298,11 @@ def _to_host(slot: Slot, params: Params, dtype: np.dtype) -> np.ndarray:
 def _write_configs(
     folder: Path, config: QwenConfig, dtype: np.dtype, tokenizer: Any, generation_config: Mapping[str, Any] | None
 ) -> None:
-    ids = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ids = {key: value for key, value in ids.items() if value is not None}
-    if generation_config is None:
-        generation_config = ids
-    _dump(folder / "generation_config.json", dict(generation_config))
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {key: value for key in keys if (value := getattr(tokenizer, key, None)) is not None}
+    settings = ids if generation_config is None else dict(generation_config)
+    ids |= {key: settings[key] for key in keys if settings.get(key) is not None}
+    _dump(folder / "generation_config.json", settings)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     _dump(folder / "config.json", config.to_hf() | ids | {"torch_dtype": dtype.name})
