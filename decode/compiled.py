@@ -89,6 +89,8 @@ def read(argv: Sequence[str]) -> Request:
     setting = next((setting for setting in config.settings if setting.model == "pair"), config.settings[0])
     roles = ("base", "rl") if setting.model == "pair" else (str(setting.model),)
     models = {role: architecture(role, str(getattr(config, role)), dtype=str(config.dtype)) for role in roles}
+    rows = min(model.vocab_size for model in models.values())  # as `decode.inputs` cuts them
+    models = {role: dataclasses.replace(model, vocab_size=rows) for role, model in models.items()}
     if len(models) < 2:
         options = dataclasses.replace(options, only=tuple(name for name in options.only if name != "score"))
     return Request(config, setting, models, options)

@@ -51,6 +51,7 @@ class Job:
 
     config: DiagnoseConfig
     folders: dict[str, Path]
+    vocab_size: int
     mesh: Mesh | None
     tokenizer: Tokenizer
     given: list[Given] | None
@@ -82,11 +83,12 @@ def checked(config: DiagnoseConfig) -> Job:
     config = dataclasses.replace(config, dtype=config.dtype or platform_dtype())
     folders = {role: model_folder(role, str(getattr(config, role))) for role in ("base", "rl")}
     models = {role: QwenConfig.from_hf(folder) for role, folder in folders.items()}
-    if config.top > models["rl"].vocab_size:
-        raise ValueError(f"top = {config.top}: expected at most {models['rl'].vocab_size}, the vocabulary")
     tokenizer_folder = Path(local(config.tokenizer, TEXT_FILES)) if config.tokenizer else folders["rl"]
     tokenizer = load_tokenizer(tokenizer_folder)
-    check_vocabularies(models, folders, tokenizer, tokenizer_folder)
+    models = check_vocabularies(models, folders, tokenizer, tokenizer_folder)
+    vocab_size = models["rl"].vocab_size
+    if config.top > vocab_size:
+        raise ValueError(f"top = {config.top}: expected at most {vocab_size}, the vocabulary")
     mesh = decoding.mesh_of(config.mesh)
     mesh = None if mesh is None else decode_mesh(mesh, [model.num_kv_heads for model in models.values()])
     inputs = of_pair(folders, tokenizer, tokenizer_folder)
@@ -98,7 +100,7 @@ def checked(config: DiagnoseConfig) -> Job:
     with RunFolder(config.out).taken() as folder:
         check_same(folder.local, with_whole_paths(config), FREE_TO_CHANGE, inputs)
         drawn = None if given is not None else decoding.check(_decode_config(config, folder.local / "decode"))
-    return Job(config, folders, mesh, tokenizer, given, drawn, inputs, folder)
+    return Job(config, folders, vocab_size, mesh, tokenizer, given, drawn, inputs, folder)
 
 
 def run(job: Job | PageCommand) -> None:
@@ -212,7 +214,7 @@ def _score(job: Job, given: list[Given], preemption: Preemption) -> None:
     with progress:
         if any(missing):
             models = [
-                load(role, folder, str(config.dtype), config.cache_dtype, job.mesh)
+                load(role, folder, str(config.dtype), config.cache_dtype, job.mesh, job.vocab_size)
                 for role, folder in job.folders.items()
             ]
             _claim(job)  # after the models: one that cannot be read claims no folder

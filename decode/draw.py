@@ -35,13 +35,17 @@ class Loaded(NamedTuple):
 Models = dict[str, Loaded]
 
 
-def load(role: str, folder: Path, dtype: str, cache_dtype: str, mesh: Mesh | None) -> Loaded:
+def load(role: str, folder: Path, dtype: str, cache_dtype: str, mesh: Mesh | None, vocab_size: int) -> Loaded:
     """A model and its parameters, laid out for decoding. (A function, so that what was read is freed on return.)
 
-    `cache_dtype` is "model" or "int8". Raises RunError for weights that cannot be read.
+    `cache_dtype` is "model" or "int8". Of the vocabulary the first `vocab_size` rows are read.
+
+    Raises RunError for weights that cannot be read.
     """
     try:
-        config, params = load_hf(folder, dtype=jnp.dtype(dtype), mesh=mesh, rules=DECODE_RULES)
+        config, params = load_hf(
+            folder, dtype=jnp.dtype(dtype), mesh=mesh, rules=DECODE_RULES, overrides={"vocab_size": vocab_size}
+        )
     except (ValueError, OSError) as error:
         raise RunError(f"{role} = {error}") from error
     config = dataclasses.replace(config, dtype=dtype)

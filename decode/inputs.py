@@ -58,7 +58,7 @@ def read_inputs(config: DecodeConfig) -> Inputs:
     models = {role: QwenConfig.from_hf(folder) for role, folder in folders.items()}
     tokenizer_folder = _tokenizer_folder(config)
     tokenizer = load_tokenizer(tokenizer_folder)
-    check_vocabularies(models, folders, tokenizer, tokenizer_folder)
+    models = check_vocabularies(models, folders, tokenizer, tokenizer_folder)
     problems = _read_problems(config)
     texts = [render_chat(tokenizer, problem.messages) for problem in problems]
     prompts = [encode_text(tokenizer, text) for text in texts]
@@ -106,8 +106,12 @@ def _tokenizer_folder(config: DecodeConfig) -> Path:
 
 def check_vocabularies(
     models: dict[str, QwenConfig], folders: dict[str, Path], tokenizer: Tokenizer, tokenizer_folder: Path
-) -> None:
-    """Refuses a pair that does not mean the same by the same id, by the maps of all tokenizers there are."""
+) -> dict[str, QwenConfig]:
+    """The models over the rows that both have. Rows of one alone must be padding, beyond every tokenizer.
+
+    Raises:
+      ValueError: an id means different tokens, by the maps of all tokenizers that exist, or a token has no row.
+    """
     vocabularies = {tokenizer_folder: _id_to_token(tokenizer)}
     for folder in folders.values():
         if not (folder / "tokenizer.json").is_file():
@@ -116,15 +120,21 @@ def check_vocabularies(
             vocabularies[folder] = _id_to_token(load_tokenizer(folder))
     for one, other in itertools.combinations(vocabularies, 2):
         _compare(one, vocabularies[one], other, vocabularies[other])
-    sizes = {role: model.vocab_size for role, model in models.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"vocabulary mismatch: base has {sizes['base']} tokens, rl has {sizes['rl']}")
-    for role, size in sizes.items():
-        if max(vocabularies[tokenizer_folder]) >= size:
+    role, size = min(((role, model.vocab_size) for role, model in models.items()), key=lambda pair: pair[1])
+    padded = {name: model.vocab_size for name, model in models.items() if model.vocab_size > size}
+    for folder in vocabularies if padded else (tokenizer_folder,):
+        if (highest := max(vocabularies[folder], default=0)) >= size:
             raise ValueError(
-                f"vocabulary mismatch: the tokenizer in {tokenizer_folder} goes up to id "
-                f"{max(vocabularies[tokenizer_folder])}, the {role} model has {size} tokens"
+                f"vocabulary mismatch: the tokenizer in {folder} goes up to id {highest}, "
+                f"the {role} model has {size} tokens"
             )
+    for name, rows in padded.items():
+        logger.warning(
+            "the %s model has %d rows of vocabulary and the %s model %d: the last %d of %s, which are beyond every "
+            "tokenizer, are left out of its distribution",
+            *(name, rows, role, size, rows - size, name),
+        )
+    return {name: dataclasses.replace(model, vocab_size=size) for name, model in models.items()}
 
 
 def _compare(one: Path, words: dict[int, str], other: Path, others: dict[int, str]) -> None:

@@ -125,8 +125,10 @@ def _run(job: Job, preemption: Preemption) -> None:
     models: Models = {}
     if missing:
         models = {
-            role: load(role, folder, str(config.dtype), config.cache_dtype, job.mesh)
-            for role, folder in job.inputs.folders.items()
+            role: load(
+                *(role, job.inputs.folders[role], str(config.dtype), config.cache_dtype, job.mesh, model.vocab_size)
+            )
+            for role, model in job.inputs.models.items()
         }
     if main:
         write_config(out, config, job.inputs)  # after the models: one that cannot be read claims no folder

@@ -21,6 +21,7 @@ from rlvr_jax.models import cache as kv_cache
 from rlvr_jax.models import decode_weights, qwen
 from rlvr_jax.models.cache import KVCache
 from rlvr_jax.models.config import QwenConfig, platform_dtype
+from rlvr_jax.models.vocabulary import common_vocabulary
 from rlvr_jax.sharding import constrain
 from rlvr_jax.typing import Array
 
@@ -117,7 +118,8 @@ def generate_selective(
     same tau and the RL model at lower temperatures beside it.
 
     Args:
-      config_base, params_base, config_rl, params_rl: the two models, over the same vocabulary.
+      config_base, params_base, config_rl, params_rl: the two models, over the same tokenizer. Where one has more
+        rows of padding, both are cut to the fewer rows, so their distributions are over those tokens.
       criterion: delta_logp, neg_delta_logp, abs_delta_logp, entropy_base, entropy_rl, kl, kl_reverse, js, js_true,
         random, none or all; see `fires`.
       tau: threshold, a number or one a row (None for none and all).
@@ -134,15 +136,11 @@ def generate_selective(
     Raises:
       ValueError: naming the argument, its value and what was expected.
     """
-    if config_base.vocab_size != config_rl.vocab_size:
-        raise ValueError(
-            f"vocab_size of config_base is {config_base.vocab_size} and of config_rl {config_rl.vocab_size}: "
-            "expected two models over one vocabulary"
-        )
     base = _resolved("config_base", config_base, params_base)
     rl = _resolved("config_rl", config_rl, params_rl)
     for name, config in (("config_base", base), ("config_rl", rl)):
         _check_tokens(name, config, prompts, stop_tokens, max_new_tokens)
+    base, params_base, rl, params_rl = common_vocabulary(base, params_base, rl, params_rl)
     return decode_selective(
         (language_model(base), language_model(rl)),
         (params_base, params_rl),

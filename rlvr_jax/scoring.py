@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from rlvr_jax.direction import CRITERIA, FIRES_BELOW, criterion_value, fires_at
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.config import QwenConfig, platform_dtype
+from rlvr_jax.models.vocabulary import common_vocabulary
 from rlvr_jax.sharding import batch_shards, constrain
 from rlvr_jax.typing import Array
 
@@ -181,15 +182,11 @@ def score_texts(
 
     Arguments and errors are those of `criterion_values`. At any time the numbers of one batch are held.
     """
-    if config_base.vocab_size != config_rl.vocab_size:
-        raise ValueError(
-            f"vocab_size of config_base is {config_base.vocab_size} and of config_rl {config_rl.vocab_size}: "
-            "expected two models over one vocabulary"
-        )
     for name, value in (("batch_tokens", batch_tokens), ("chunk", rule.chunk)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected an integer of at least 1")
-    texts = _checked_texts(prompts, responses, config_base.vocab_size)
+    texts = _checked_texts(prompts, responses, min(config_base.vocab_size, config_rl.vocab_size))
+    config_base, params_base, config_rl, params_rl = common_vocabulary(config_base, params_base, config_rl, params_rl)
     models = tuple(
         language_model(dataclasses.replace(config, dtype=config.dtype or platform_dtype()), cache_dtype)
         for config in (config_base, config_rl)

@@ -1,7 +1,5 @@
 """Decoding with two models: against decoding one, closed forms, and criteria recomputed from whole forwards."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -276,9 +274,3 @@ def test_bad_input_is_named_before_anything_is_compiled(qwens, case):
     with compilations() as compiled, pytest.raises(ValueError, match=message):
         generate_selective(*qwens, **{**defaults, **arguments})
     assert not compiled
-
-
-def test_two_vocabularies(qwens):
-    other = dataclasses.replace(qwens[2], vocab_size=65)
-    with pytest.raises(ValueError, match="vocab_size of config_base is 64 and of config_rl 65"):
-        generate_selective(*qwens[:2], other, qwens[3], [[1]], criterion="all", tau=None, gamma=0.0, max_new_tokens=1)

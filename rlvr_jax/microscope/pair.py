@@ -39,8 +39,9 @@ def score_pair(
     """What both models give every token of each response, in the order of `responses`.
 
     Args:
-      config_base, params_base, config_rl, params_rl: the two models, over the same vocabulary. They compute in the
-        config's `dtype`, by default the platform's.
+      config_base, params_base, config_rl, params_rl: the two models, over the same tokenizer. Where one has more
+        rows of padding, both are cut to the fewer rows. They compute in the config's `dtype`,
+        by default the platform's.
       prompts: token ids before each response, at least one.
       responses: token ids that are scored.
       written_by: "base" or "rl", or one of them a response: whose probabilities `gradient_share` takes.
@@ -86,8 +87,9 @@ def iterate_pair(
     for writer in writers:
         if writer not in ("base", "rl"):
             raise ValueError(f"written_by has {writer!r}: expected 'base' or 'rl'")
-    if not 1 <= top <= config_base.vocab_size:
-        raise ValueError(f"top={top}: expected 1 to {config_base.vocab_size}, the vocabulary")
+    size = min(config_base.vocab_size, config_rl.vocab_size)
+    if not 1 <= top <= size:
+        raise ValueError(f"top={top}: expected 1 to {size}, the vocabulary")
     rule = PairRule(top, options.pop("chunk", 512))
     models = (config_base, params_base, config_rl, params_rl)
     for row, measured in score_texts(*models, prompts, responses, rule, **options):
