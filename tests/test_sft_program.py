@@ -11,7 +11,9 @@ from rlvr_jax.data.text import load_tokenizer
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import hidden_states, logits
 from tests.tiny import compiled_once, tiny_config, tiny_tokenizer
-from train.sft import encode, initial_params, make_loss, prepare, run
+from train.sft import initial_params, prepare, run
+from train.sft_rows import Rows, encode
+from train.sft_step import make_loss
 
 
 @pytest.fixture(scope="module")
@@ -55,28 +57,32 @@ def records(place, run_dir):
 
 def test_loss_is_the_mean_over_assistant_tokens_alone(place):
     tokenizer = load_tokenizer(place / "init")
-    tokens_NT, mask_NT = encode(tokenizer, str(place / "rows.jsonl"), 64)
-    assert tokens_NT.shape == mask_NT.shape == (10, (mask_NT >= 0).sum(axis=1).max())
+    conversations = encode(tokenizer, str(place / "rows.jsonl"), 64)
     job = prepare(arguments(place, "unused"))
     params = initial_params(job)
 
-    def apply(params, tokens, positions, mask):
-        return hidden_states(job.model_config, params, tokens, positions, mask), params["embed"].T
+    def apply(params, tokens, positions, segments):
+        return hidden_states(job.model_config, params, tokens, positions, segments), params["embed"].T
 
-    batch = {"tokens_BT": jnp.asarray(tokens_NT), "loss_mask_BT": jnp.asarray(mask_NT)}
-    (total, weight), _ = make_loss(chunk=8)(apply, params, batch)
-    hidden, unembed = apply(params, batch["tokens_BT"], None, mask_NT >= 0)
-    out_NTV = np.asarray(hidden, np.float64) @ np.asarray(unembed, np.float64)
-    logp_NTV = out_NTV - np.log(np.exp(out_NTV).sum(axis=-1, keepdims=True))
+    rows = Rows(conversations, [np.arange(10)], most_rows=16, shards=1).of(np.arange(10))
+    mask_RT = rows.spread(rows.response_NR.astype(np.int32))
+    batch = {"tokens_BT": rows.tokens, "segment_BT": rows.segments, "loss_mask_BT": mask_RT}
+    (total, weight), _ = make_loss(chunk=8)(apply, params, jax.tree.map(jnp.asarray, batch))
     expected, count = 0.0, 0
-    for row in range(10):
-        for t in np.flatnonzero(mask_NT[row] > 0):
-            expected -= logp_NTV[row, t - 1, tokens_NT[row, t]]
+    longest = max(len(tokens) for tokens, _ in conversations)
+    tokens_NT = np.stack([np.pad(tokens, (0, longest - len(tokens))) for tokens, _ in conversations])
+    hidden, unembed = apply(params, jnp.asarray(tokens_NT), None, None)
+    for (tokens, context), hidden_TD in zip(conversations, np.asarray(hidden, np.float64), strict=True):
+        out_TV = hidden_TD @ np.asarray(unembed, np.float64)
+        logp_TV = out_TV - np.log(np.exp(out_TV).sum(axis=-1, keepdims=True))
+        for t in range(context, len(tokens)):
+            expected -= logp_TV[t - 1, tokens[t]]
             count += 1
     answers = sum(len(str((i + 1) % 10) * (1 + i % 3)) + 1 for i in range(10))  # and the end-of-turn token
     assert (count, float(weight)) == (answers, answers)
     np.testing.assert_allclose(float(total), expected, rtol=1e-5)
-    assert tokenizer.decode(tokens_NT[0][mask_NT[0] > 0]) == "1<|im_end|>"
+    tokens, context = conversations[0]
+    assert tokenizer.decode(tokens[context:]) == "1<|im_end|>"
 
 
 def test_from_random_weights_to_a_model_that_answers_and_resume(place):
@@ -84,6 +90,7 @@ def test_from_random_weights_to_a_model_that_answers_and_resume(place):
     made = records(place, "whole")
     assert [r["trainer_steps"] for r in made] == list(range(1, 31))
     assert made[0]["loss"] > 2
+    assert all(0 <= r["padding_share"] < 0.6 for r in made)
     assert made[-1]["loss"] < 0.1
     assert [round(r["lr"], 6) for r in made[:6]] == [0.004, 0.008, 0.012, 0.016, 0.02, 0.02]
     config, params = load_hf(place / "whole" / "hf", dtype=jnp.float32)

@@ -1,12 +1,12 @@
 """`python -m train.sft --model FOLDER --data x.jsonl ...`: supervised training on conversations.
 
 Starts from a checkpoint (`--model`), or from random weights for a config.json (`--init-config`, with `--tokenizer`):
-that is how a base model is born. The loss is the mean over the last assistant turn's tokens of all rows.
+that is how a base model is born. The loss is the mean over the last assistant turn's tokens of a batch.
 """
 
 import contextlib
 import dataclasses
-import logging
+import itertools
 import math
 import sys
 import time
@@ -23,13 +23,11 @@ from rich.console import Console
 
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.prompts import prompt_batches
-from rlvr_jax.data.sft import encode_conversation, read_conversations
 from rlvr_jax.data.text import Tokenizer, load_tokenizer
-from rlvr_jax.distributed import DistributedConfig, cluster, identity, initialize, place, to_host
+from rlvr_jax.distributed import DistributedConfig, cluster, identity, initialize, to_host
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import init_params, param_axes
-from rlvr_jax.objectives.policy import aggregate
 from rlvr_jax.program import (
     Preempted,
     Preemption,
@@ -47,22 +45,23 @@ from rlvr_jax.sharding import ShardingRules
 from rlvr_jax.training import (
     TrainState,
     adamw,
-    make_train_step,
+    make_accumulating_step,
     warmup_constant,
     warmup_cosine,
     with_learning_rate,
 )
 from train.config import CheckpointConfig, MeshConfig
-from train.dapo import Apply, model_apply, sequence_logprobs
+from train.dapo import model_apply
 from train.display import Display
 from train.export import export
 from train.metrics import MetricLog
 from train.prepare import check_optim, mesh_for, model_folder, read_model_config
 from train.resume import restore, resumable, run_folder
 from train.same_run import model_inputs, record_of, write_record
+from train.sft_rows import Conversation, Rows, encode
+from train.sft_step import make_loss, update
 
-log = logging.getLogger(__name__)
-
+SAMPLE = 64  # batches by which the shape of the rows is chosen
 SHOWN = {
     "loss": ("loss", ".4f"),
     "lr": ("lr", ".2e"),
@@ -104,6 +103,8 @@ class SFTConfig:
     batch: int = 64
     """Conversations an optimizer step."""
     micro_batches: int = 1
+    """Parts of a batch that pass through the model one after the other, were every conversation the longest. Shorter
+    ones are packed together into rows, so that a part has as many tokens and there are fewer parts."""
     max_tokens: int = 2048
     """Longer conversations are cut on the right."""
     seed: int = 0
@@ -134,8 +135,7 @@ class SFTJob:
     model_folder: Path | None
     model_config: QwenConfig
     tokenizer: Tokenizer
-    tokens_NT: np.ndarray
-    loss_mask_NT: np.ndarray
+    conversations: list[Conversation]
     mesh: Mesh
     steps: int
     record: dict
@@ -184,14 +184,14 @@ def check(config: SFTConfig) -> SFTJob:
         raise ValueError(f"{config.data}: no such file")
     folder = model_folder(config.model) if config.model else None
     tokenizer = load_tokenizer(config.tokenizer or str(folder))
-    tokens_NT, loss_mask_NT = encode(tokenizer, config.data, config.max_tokens)
+    conversations = encode(tokenizer, config.data, config.max_tokens)
     model_config = read_model_config(
         folder or Path(local(config.init_config)),
         tokenizer,
         compute_dtype=config.compute_dtype,
         remat=config.remat,
         max_position_embeddings=None,
-        longest=tokens_NT.shape[1],
+        longest=max(len(one.tokens) for one in conversations),
         what="the longest conversation",
     )
     inputs = model_inputs(
@@ -201,7 +201,8 @@ def check(config: SFTConfig) -> SFTJob:
         Path(local(config.tokenizer)) if config.tokenizer else folder,
         init_config=Path(local(config.init_config)) if config.init_config else None,
     )
-    record = record_of(config, inputs, [tokens_NT.tobytes(), loss_mask_NT.tobytes()])
+    shapes = np.array([(one.context, len(one.tokens)) for one in conversations])
+    record = record_of(config, inputs, [shapes.tobytes(), *(one.tokens.tobytes() for one in conversations)])
     cluster().require_same("the configuration, the data or the code", *identity(record, "train"))
     # At a constant rate, more steps are the same run, longer.
     longer = ("steps", "epochs") if config.optim.schedule == "constant" else ()
@@ -218,43 +219,13 @@ def check(config: SFTConfig) -> SFTJob:
         model_folder=folder,
         model_config=model_config,
         tokenizer=tokenizer,
-        tokens_NT=tokens_NT,
-        loss_mask_NT=loss_mask_NT,
+        conversations=conversations,
         mesh=mesh_for(config.mesh, config.batch // config.micro_batches, "batch / micro_batches"),
-        steps=config.steps or math.ceil(config.epochs * len(tokens_NT) / config.batch),
+        steps=config.steps or math.ceil(config.epochs * len(conversations) / config.batch),
         record=record,
         resume_from=resume_from,
         folder=run_place,
     )
-
-
-def encode(tokenizer: Tokenizer, path: str, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """All conversations right-padded to the longest: tokens and loss mask [N, T], -1 in the mask on padding."""
-    encoded = [encode_conversation(tokenizer, messages, max_tokens) for messages in read_conversations(path)]
-    kept = [(tokens, mask) for tokens, mask in encoded if any(mask)]
-    if not kept:
-        raise ValueError(f"{path}: no conversation has an assistant token within max_tokens={max_tokens}")
-    if len(kept) < len(encoded):
-        log.warning("%s: %d conversations dropped, nothing to learn in their first %d tokens",
-                    path, len(encoded) - len(kept), max_tokens)  # fmt: skip
-    longest = max(len(tokens) for tokens, _ in kept)
-    tokens_NT = np.zeros((len(kept), longest), np.int32)
-    loss_mask_NT = np.full((len(kept), longest), -1, np.int32)
-    for row, (tokens, mask) in enumerate(kept):
-        tokens_NT[row, : len(tokens)], loss_mask_NT[row, : len(tokens)] = tokens, mask
-    return tokens_NT, loss_mask_NT
-
-
-def make_loss(chunk: int) -> Any:
-    """Negative log-likelihood of the tokens under the loss mask, as (sum, number of tokens)."""
-
-    def loss_fn(apply: Apply, params: Any, batch: dict) -> tuple:
-        mask_BT = batch["loss_mask_BT"]
-        tokens_BT, present_BT = batch["tokens_BT"], (mask_BT >= 0).astype(jnp.int32)
-        logp_BT = sequence_logprobs(apply, params, tokens_BT, present_BT, chunk=chunk)
-        return aggregate(-logp_BT[:, 1:], (mask_BT[:, 1:] > 0).astype(jnp.int32)), {}
-
-    return loss_fn
 
 
 def initial_params(job: SFTJob) -> Any:
@@ -286,14 +257,19 @@ def run(job: SFTJob) -> None:
             b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, clip_norm=optim.clip_norm
         )
         state = TrainState.create(initial_params(job), optimizer)
-        step = make_train_step(
+        step = make_accumulating_step(
             model_apply(job.model_config),
             optimizer,
             make_loss(config.logprob_chunk),
-            micro_batches=config.micro_batches,
             shardings=jax.tree.map(lambda x: x.sharding, state),
         )
-        batches = prompt_batches(range(len(job.tokens_NT)), config.batch, config.seed)
+        batches = prompt_batches(job.conversations, config.batch, config.seed)
+        packer = Rows(
+            job.conversations,
+            list(itertools.islice(prompt_batches(job.conversations, config.batch, config.seed), SAMPLE)),
+            most_rows=config.batch // config.micro_batches,
+            shards=job.mesh.shape["data"] * job.mesh.shape["fsdp"],
+        )
         checkpoints = stack.enter_context(Checkpoints(job.folder.checkpoints, keep=config.checkpoint.keep))
         done, resumed_from = 0, None
         if job.resume_from is not None:
@@ -312,7 +288,6 @@ def run(job: SFTJob) -> None:
         display = stack.enter_context(Display(seen, total=job.steps, done=done, shown=SHOWN))
         if done:
             display.line(f"resumed {config.run_dir} after step {done}")
-        rows_here = ShardingRules().sharding(job.mesh, ("batch", "time"), (config.batch, job.tokens_NT.shape[1]))
         display.phase("update")
         skipped_before = done - int(state.step)
 
@@ -320,7 +295,7 @@ def run(job: SFTJob) -> None:
             job.folder.sync()  # before the checkpoint that counts on it
             checkpoints.save(step, state, host={"config": job.record, "data": batches.get_state()})
 
-        start, tokens = time.monotonic(), 0
+        start, tokens, computed = time.monotonic(), 0, 0
         for number in range(done, job.steps):
             cluster().phase("update", number)
             checkpoints.check()
@@ -330,17 +305,13 @@ def run(job: SFTJob) -> None:
                 checkpoints.wait()
                 after = f"after step {number}, saved" if number else "before the first step"
                 raise Preempted(f"stopped on request (SIGTERM) {after}; the same command resumes")
-            rows = next(batches)
+            rows = packer.of(next(batches))
             if optim.schedule == "cosine":
                 lr = warmup_cosine(number, peak=optim.lr, warmup=optim.warmup, total=job.steps)
             else:
                 lr = warmup_constant(number + 1, peak=optim.lr, warmup=optim.warmup)
-            batch = {
-                "tokens_BT": place(job.tokens_NT[rows], rows_here),
-                "loss_mask_BT": place(job.loss_mask_NT[rows], rows_here),
-            }
-            state, made = step(with_learning_rate(state, lr), batch)
-            tokens += int((job.loss_mask_NT[rows] >= 0).sum())
+            state, made = update(step, with_learning_rate(state, lr), rows, job.mesh)
+            tokens, computed = tokens + int((rows.segments > 0).sum()), computed + rows.segments.size
             last = number + 1 == job.steps
             if last or (number + 1) % config.log_every == 0:
                 made = {name: float(x) for name, x in to_host(made).items()}
@@ -358,12 +329,13 @@ def run(job: SFTJob) -> None:
                     "lr": lr,
                     "grad_norm": made["grad_norm"],
                     "loss_tokens": made["weight"],
+                    "padding_share": 1 - tokens / computed,
                     "tokens_per_s": tokens / max(seconds, 1e-9),
                 }
                 if metrics is not None:
                     metrics.write({"kind": "train"} | numbers)
                 display.step(numbers)
-                start, tokens = time.monotonic(), 0
+                start, tokens, computed = time.monotonic(), 0, 0
             every = config.checkpoint.every
             if last or (every and (number + 1) % every == 0):
                 save(number + 1)
