@@ -194,6 +194,7 @@ def check(config: SFTConfig) -> SFTJob:
         longest=max(len(one.tokens) for one in conversations),
         what="the longest conversation",
     )
+    mesh = mesh_for(config.mesh, config.batch // config.micro_batches, "batch / micro_batches")
     inputs = model_inputs(
         "model",
         folder,
@@ -220,7 +221,7 @@ def check(config: SFTConfig) -> SFTJob:
         model_config=model_config,
         tokenizer=tokenizer,
         conversations=conversations,
-        mesh=mesh_for(config.mesh, config.batch // config.micro_batches, "batch / micro_batches"),
+        mesh=mesh,
         steps=config.steps or math.ceil(config.epochs * len(conversations) / config.batch),
         record=record,
         resume_from=resume_from,
