@@ -38,6 +38,7 @@ CONTENT = {
     "problems": ("problem file",),
     "responses": ("responses",),  # of a diagnosis
 }
+RESULTS = ("*/seed*.rows.jsonl", "tokens.parquet", "parts/*.parquet")  # of a run or a diagnosis, in its folder
 MARKS = ("role", "control_of")  # say what a setting is there for; no response depends on them
 
 
@@ -265,7 +266,14 @@ def check_same(folder: Path, now: Mapping[str, Any], free: Collection[str], inpu
     Raises:
       ValueError: naming the key or the input that differs; a config.json that another program wrote.
     """
-    before = own_config(folder, now.keys() | {"grader"}) or {}  # which older versions called it
+    before = own_config(folder, now.keys() | {"grader"})  # which older versions called it
+    if before is None:
+        if found := sorted(path for pattern in RESULTS for path in folder.glob(pattern)):
+            raise ValueError(
+                f"out = {folder}: it holds results ({found[0].relative_to(folder)}), and no config.json says of which "
+                "run; give another --out"
+            )
+        before = {}
     content = read_json(folder / "inputs.json")
     moved = {key for key, names in CONTENT.items() if all(name in content and name in inputs for name in names)}
     for key in sorted(before.keys() & now.keys() - set(free) - moved):

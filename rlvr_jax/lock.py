@@ -126,7 +126,7 @@ def _flocked(path: Path) -> FolderLock | None:
         file.seek(0)
         holder = file.read()
         file.close()
-        raise FolderInUse(_refusal(path.parent, _read(holder))) from error
+        raise FolderInUse(_refusal(path, _read(holder))) from error
     except OSError as error:
         file.close()
         if error.errno not in _NO_FLOCK:
@@ -163,8 +163,8 @@ def _remove_dead(path: Path) -> None:
     except FileNotFoundError:
         return
     holder = _read(text)
-    if holder is None or holder.get("machine") != _machine() or _alive(holder):
-        raise FolderInUse(f"{_refusal(path.parent, holder)}. If that process is not running any more, remove {path}")
+    if not _known_here(holder) or _alive(holder):
+        raise FolderInUse(_refusal(path, holder))
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):  # another start removes it too
         os.rename(path, aside)
@@ -174,11 +174,16 @@ def _remove_dead(path: Path) -> None:
             os.rename(aside, path)
 
 
-def _refusal(folder: Path, holder: dict[str, Any] | None) -> str:
-    who = "another process"
+def _refusal(path: Path, holder: dict[str, Any] | None) -> str:
+    who, lost = "another process", "" if _known_here(holder) else f". If it is not running any more, remove {path}"
     if holder is not None:
         who = f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
-    return f"{folder}: in use by {who}; wait for its end, or use another folder"
+    return f"{path.parent}: in use by {who}; wait for its end, or use another folder{lost}"
+
+
+def _known_here(holder: dict[str, Any] | None) -> bool:
+    """Whether this machine can tell if a holder is alive."""
+    return holder is not None and holder.get("machine") == _machine()
 
 
 def _read(text: str) -> dict[str, Any] | None:

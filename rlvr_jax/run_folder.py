@@ -118,6 +118,8 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         if self.url is None or not cluster().main:
             return
         with self._lock, naming(self.url), tempfile.TemporaryDirectory(dir=self.local.parent, prefix=".") as spare:
+            if not self.local.is_dir():  # or all that is at the URL would be removed, as files that the run removed
+                raise FileNotFoundError(f"{self.url}: not copied to, since {self.local} is gone")
             # A file that grows is copied as it is now, before the others: what its lines speak of is there then.
             grown, states = {}, self._changed()
             for name in filter(_grows, states):

@@ -132,6 +132,14 @@ def test_a_config_that_no_decoding_run_wrote_is_not_replaced(tmp_path, theirs):
         check_resume(tmp_path, resolve(PAIR), {})
 
 
+@pytest.mark.parametrize("name", ["rl/seed0.rows.jsonl", "tokens.parquet"])
+def test_results_that_no_config_names_are_not_gone_on_with(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=rf"it holds results \({name}\), and no config.json says of which run"):
+        check_resume(tmp_path, resolve(PAIR), {})
+
+
 def test_the_summary_counts_by_hand(tmp_path):
     fired = {"fired": (0, 1, 2), "original": (5, 6, 7), "assistant": (None,) * 3, "resampled": (5, 6, 8)}
     seeds = [

@@ -119,7 +119,7 @@ def test_an_owner_s_file_is_removed_where_its_process_is_known_to_be_dead(tmp_pa
     owner(tmp_path, begun="1")  # our number, but of an earlier process that had it
     lock(tmp_path).close()
     path = owner(tmp_path, pid=dead_process(), machine="another boot", host="far")
-    with pytest.raises(FolderInUse, match=rf"on far since .* If that process is not running any more, remove {path}"):
+    with pytest.raises(FolderInUse, match=rf"on far since .* If it is not running any more, remove {path}"):
         lock(tmp_path)
     path.write_text('{"pid":')
     with pytest.raises(FolderInUse, match=f"in use by another process; .* remove {path}"):
@@ -133,6 +133,16 @@ def test_an_owner_s_file_counts_where_there_is_flock_too(tmp_path):
     owner(tmp_path, pid=dead_process())
     with lock(tmp_path):
         assert not path.exists()
+
+
+def test_a_flock_that_another_machine_holds_may_be_that_of_a_lost_one(tmp_path, monkeypatch):
+    with lock(tmp_path):
+        with pytest.raises(FolderInUse) as refused:
+            lock(tmp_path)
+        assert "remove" not in str(refused.value)
+        monkeypatch.setattr(locks, "_machine", lambda: "another")
+        with pytest.raises(FolderInUse, match=rf"not running any more, remove {tmp_path}/\.lock$"):
+            lock(tmp_path)
 
 
 def test_one_of_many_takes_over_a_dead_lock(tmp_path):

@@ -146,6 +146,10 @@ def test_a_run_goes_on_where_its_machine_was_lost(store, tmp_path, monkeypatch, 
         monkeypatch.setattr(run_folder, "WAIT_S", 0.0)
         with pytest.raises(ValueError, match=r"memory://bucket/run: another run of this machine works in .*/runs/"):
             RunFolder(url).take()
+        folder.local.rename(tmp_path / "aside")  # cleared away by something else: nothing of it is removed at the URL
+        with pytest.raises(FileNotFoundError, match=r"memory://bucket/run: not copied to, since .* is gone"):
+            folder.sync()
+        (tmp_path / "aside").rename(folder.local)
     there = {"metrics.jsonl": "1\n2\n", "rollouts.jsonl": "a\n", "checkpoints/1/state": "orbax"}
     assert everything(store, "/bucket/run") == there
     (folder.local / "metrics.jsonl").write_text("never sent")

@@ -14,10 +14,13 @@ from safetensors.numpy import load_file, save_file
 from test_train_inputs import arguments
 
 from rlvr_jax.checkpoint import Checkpoints
+from rlvr_jax.distributed import Cluster
 from rlvr_jax.fingerprint import BLOCK_BYTES, BLOCKS, of_weights
 from rlvr_jax.lock import FolderInUse, lock
+from rlvr_jax.run_folder import RunFolder
 from tests.tiny import tiny_checkpoint, tiny_tokenizer, write_tiny_problems
 from train import sft
+from train.examine import examine
 from train.prepare import check, configuration, prepare
 from train.resume import resumable, run_folder
 from train.same_run import record_of, require_same_run, write_record
@@ -231,6 +234,20 @@ def test_a_second_start_leaves_the_first_one_s_save_alone(place, tmp_path):
     assert not unfinished.exists()
     assert resumable(run_folder(str(folder)), second.record, ()) == 3
     lock(folder).close()
+
+
+def test_process_0_of_several_holds_the_lock_and_a_dry_run_none(place, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    found = examine(configuration(arguments(place, folder)))
+    assert all(check.ok for check in found.checks)
+    assert not folder.exists()
+    monkeypatch.setattr("rlvr_jax.run_folder.cluster", lambda: Cluster(1, 2))
+    RunFolder(str(folder)).take()
+    assert not folder.exists()
+    monkeypatch.setattr("rlvr_jax.run_folder.cluster", lambda: Cluster(0, 2))
+    monkeypatch.setattr("rlvr_jax.run_folder.WAIT_S", 0.0)
+    with RunFolder(str(folder)).take(), pytest.raises(FolderInUse):
+        RunFolder(str(folder)).take()
 
 
 # ---- fingerprints ----------------------------------------------------------------------------------------------------
