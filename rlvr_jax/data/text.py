@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 # Only tokenizers are used, so the advice to install torch would mislead; transformers reads this when it is imported.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
+from rlvr_jax.data import template
 from rlvr_jax.data.rows import brief
 from rlvr_jax.files import read_json, valid_text
 from rlvr_jax.remote import TEXT_FILES, local
@@ -19,6 +18,7 @@ from rlvr_jax.remote import TEXT_FILES, local
 logger = logging.getLogger(__name__)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_MOST_BYTES = 1 << 28  # of a file; the largest vocabularies take a tenth
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, so tokens
 
 
@@ -40,10 +40,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{folder}: no tokenizer.json in this folder")
     if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~")) or len(folder.parts) > 2):
         raise ValueError(f"{folder}: no such folder, expected one with tokenizer.json, or a hub name")
+    for file in folder.glob("*.json") if folder.is_dir() else ():
+        if file.name.startswith(("tokenizer", "added_tokens", "special_tokens")) and file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{file}: more than {_MOST_BYTES:,} bytes, which no tokenizer has")
     try:
-        return Tokenizer.from_pretrained(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception on a file it cannot read
-        raise ValueError(f"{path}: no tokenizer can be loaded: {type(error).__name__}: {error}") from error
+        tokenizer = Tokenizer.from_pretrained(str(path))
+        decode_ids(tokenizer, encode_text(tokenizer, "1"))  # some settings are first read here
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises Exception itself, and panics that are none
+        raise ValueError(f"{path}: no tokenizer can be loaded: {type(error).__name__}: {error!s:.500}") from error
+    if tokenizer.chat_template:
+        template.prepare()  # its start takes as long as the rest of a program's
+    return tokenizer
 
 
 def encode_chat(
@@ -77,21 +86,18 @@ def render_chat(
     add_generation_prompt: bool = True,
     **template_arguments: Any,
 ) -> str:
-    """The text that `encode_chat` encodes."""
+    """The text that `encode_chat` encodes: as `apply_chat_template` of transformers, in bounded time and memory."""
     if not tokenizer.chat_template:
         raise ValueError(f"{tokenizer.name_or_path}: no chat template in chat_template.jinja or tokenizer_config.json")
     check_messages(messages, "messages")
+    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    arguments = tokenizer.special_tokens_map | {"add_generation_prompt": add_generation_prompt} | template_arguments
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **template_arguments,
-        )
-    except jinja2.TemplateError as error:
+        return template.render(tokenizer.get_chat_template(), given, arguments)
+    except ValueError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template refuses messages with the roles {roles}: {error}") from error
-    return str(text)
+        where = tokenizer.name_or_path or "the tokenizer"
+        raise ValueError(f"{where}: the chat template refuses messages with the roles {roles}: {error}") from error
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
