@@ -147,6 +147,10 @@ class DecodeConfig:
       graders: math_verify (last boxed answer), dapo_answer (last "Answer:" line), reasoning_gym (of its problems), or
         "module:function" of your own; the first decides the published `accs`
       grader_workers: grading processes for each grader
+      grader_sandbox: grade each response in a process that can open nothing and start nothing (Linux); for a grader of
+        your own that runs what the model wrote. reasoning_gym does so in any case, where it can
+      unsafe_evaluation: where there is no sandbox, let tasks of reasoning-gym evaluate answers all the same; text that
+        the model wrote may then run as code with all your rights
       dtype: float32 or bfloat16; default: float32 on CPU, bfloat16 elsewhere
       mesh: devices
       compile_cache: folder that keeps compiled programs, so that a run which goes on does not compile again; auto:
@@ -179,6 +183,8 @@ class DecodeConfig:
     stop_token_ids: tuple[int, ...] = ()
     graders: tuple[str, ...] = ("math_verify",)
     grader_workers: int = 2
+    grader_sandbox: bool = False
+    unsafe_evaluation: bool = False
     dtype: Literal["float32", "bfloat16"] | None = None
     mesh: MeshConfig = MeshConfig()
     compile_cache: str | None = "auto"

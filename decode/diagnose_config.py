@@ -8,7 +8,8 @@ import tyro
 from decode.config import MeshConfig
 
 FREE_TO_CHANGE = (
-    *("out", "findings", "page", "mesh", "batch_tokens", "chunk", "slots", "memory", "grader_workers"),
+    *("out", "findings", "page", "mesh", "batch_tokens", "chunk", "slots", "memory"),
+    *("grader_workers", "grader_sandbox", "unsafe_evaluation"),
     *("compile_cache", "problems"),  # the decoding run in the folder compares their content
 )
 
@@ -69,6 +70,10 @@ class DiagnoseConfig:
       stop_token_ids: end of a response; default: those of the tokenizer and the models (problems)
       graders: as in python -m decode; the first decides what is correct (problems)
       grader_workers: grading processes for each grader (problems)
+      grader_sandbox: grade each response in a process that can open nothing and start nothing (Linux); for a grader of
+        your own that runs what the model wrote. reasoning_gym does so in any case, where it can (problems)
+      unsafe_evaluation: where there is no sandbox, let tasks of reasoning-gym evaluate answers all the same; text that
+        the model wrote may then run as code with all your rights (problems)
       slots: responses decoded at once; default: as many as the memory holds (problems)
       memory: GiB a device for weights and caches while decoding; default: what the device has (problems)
       top: most probable tokens of each model that are kept for every token
@@ -99,6 +104,8 @@ class DiagnoseConfig:
     stop_token_ids: tuple[int, ...] = ()
     graders: tuple[str, ...] = ("math_verify",)
     grader_workers: int = 2
+    grader_sandbox: bool = False
+    unsafe_evaluation: bool = False
     slots: int | None = None
     memory: float | None = None
     top: int = 5

@@ -48,7 +48,8 @@ def read_inputs(config: DecodeConfig) -> Inputs:
         base and rl, a prompt longer than allowed.
     """
     for grader in config.graders:
-        check_source(config.problems, rule=grader)  # before a model is downloaded
+        # before a model is downloaded
+        check_source(config.problems, rule=grader, unsafe_evaluation=config.unsafe_evaluation)
     used = {setting.model for setting in config.settings}
     folders = {
         role: model_folder(role, path)

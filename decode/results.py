@@ -28,7 +28,8 @@ from rlvr_jax.run_folder import own_config
 # A later run in the same folder may differ in these; a setting may join or leave, but not change under its name.
 FREE_TO_CHANGE = (
     *("out", "setting", "settings", "grid", "match_rate", "controls", "seeds", "limit"),
-    *("slots", "memory", "block", "mesh", "grader_workers", "compile_cache", "distributed"),
+    *("slots", "memory", "block", "mesh", "compile_cache", "distributed"),
+    *("grader_workers", "grader_sandbox", "unsafe_evaluation"),
 )
 # Of inputs whose path may differ: the fingerprints that then must not.
 CONTENT = {

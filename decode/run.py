@@ -75,7 +75,7 @@ def check(config: DecodeConfig) -> Job:
     plans = {setting.name: plan(config, inputs, dtype, mesh, setting) for setting in config.settings}
     for grader in config.graders:
         if grader not in RULES:
-            with GraderPool(workers=1) as pool:  # a researcher's own grader is imported now, not after hours
+            with grader_pool(config, workers=1) as pool:  # a researcher's own grader is imported now, not after hours
                 pool.grade(grader, [""], [""])
     record = dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig()))
     record |= {"out": "", "files": inputs.fingerprints, "tokens": inputs.prompts}
@@ -84,6 +84,11 @@ def check(config: DecodeConfig) -> Job:
         if cluster().main:  # the only one that writes
             check_resume(folder.local, config, inputs.fingerprints)
     return Job(config, inputs, mesh, plans, folder)
+
+
+def grader_pool(config: DecodeConfig, workers: int) -> GraderPool:
+    """The pool that grades as the configuration says."""
+    return GraderPool(workers, sandbox=config.grader_sandbox, unsafe_evaluation=config.unsafe_evaluation)
 
 
 def run(job: Job) -> None:
@@ -159,7 +164,7 @@ def _run(job: Job, preemption: Preemption) -> None:
             groups.setdefault(program(one.setting), []).append(one)
         writer = None
         if main:
-            pool = stack.enter_context(GraderPool(config.grader_workers))
+            pool = stack.enter_context(grader_pool(config, config.grader_workers))
             writer = stack.enter_context(Writer(job.inputs, config.graders, pool))
         for together in groups.values():
             _decode(job, models, together, writer, progress, interruptible)

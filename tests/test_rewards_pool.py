@@ -231,6 +231,16 @@ def test_throughput_once_warm(pool):
         assert sum(g.correct for g in graded) == 16
 
 
+def test_it_says_when_every_grading_failed(pool, caplog):
+    with GraderPool(workers=1) as own:
+        own.grade("tests.tiny_rules:failing", ["a", "b"], ["x", "x"])
+        own.grade("tests.tiny_rules:contains", ["a", "b"], ["x", "x"])
+    rule = "tests.tiny_rules:failing"
+    assert [record.message for record in caplog.records] == [
+        f"all 2 gradings failed: {rule} returned the score nan (2 times) by {rule}"
+    ]
+
+
 def test_threads_take_turns(pool):
     found = {}
 

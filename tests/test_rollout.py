@@ -51,6 +51,13 @@ class StubPool:
         return verdicts
 
 
+class FailingPool:
+    def grade(self, rule, responses, answers):
+        return [
+            Graded(False, None, "KeyError: 'x'" if i else "rule returned the score nan") for i in range(len(responses))
+        ]
+
+
 class ScoringPool:
     """Graded rewards: all alike for the hard and the easy, all above 0 for the rest; the third response fails."""
 
@@ -137,6 +144,32 @@ def test_too_few_groups_is_an_error_or_a_partly_filled_batch():
         collect(source, 0)
     source, _ = collector(generation_batch=4, train_batch=8, max_generation_batches=2, when_short="pad")
     assert 0 < len(collect(source, 0).groups) < 8
+
+
+@pytest.mark.parametrize("when_short", ["error", "pad"])
+def test_when_every_grading_fails_the_message_gives_the_errors(when_short):
+    few = {"generation_batch": 4, "max_generation_batches": 2, "when_short": when_short}
+    with pytest.raises(RunError) as raised:
+        collect(collector(pool=FailingPool(), **few)[0], 0)
+    assert "all 24 gradings failed: KeyError: 'x' (20 times); rule returned the score nan (4 times)" in str(
+        raised.value
+    )
+    assert "too hard" not in str(raised.value)
+    assert "when_short" not in str(raised.value)
+
+
+def test_too_few_groups_names_what_would_help():
+    class Hard(FailingPool):
+        def grade(self, rule, responses, answers):
+            return [Graded(False, None, None) for _ in responses[1:]] + super().grade(rule, responses[:1], answers)
+
+    few = {"generation_batch": 4, "max_generation_batches": 2}
+    with pytest.raises(
+        RunError, match=r"too hard or too easy .*; 4 of 24 gradings failed, such as: rule.*when_short=pad"
+    ):
+        collect(collector(pool=Hard(), **few)[0], 0)
+    with pytest.raises(RunError, match=r"too hard or too easy .*; 4 of 24 gradings failed, such as: rule.*nan$"):
+        collect(collector(pool=Hard(), when_short="pad", **few)[0], 0)
 
 
 def test_the_end_of_the_data_gives_a_last_partly_filled_batch_then_none():

@@ -76,6 +76,12 @@ class RewardConfig:
     """Seconds an answer may take; a slower one counts as wrong."""
     memory_mb: int | None = 2048
     """MiB that the grading of an answer may take; one that needs more counts as wrong. None: no limit."""
+    sandbox: bool = False
+    """Grade every answer in a process of its own that can open no file and no socket and start nothing (Linux). For a
+    rule of your own that runs what the model wrote. "reasoning_gym" does so in any case, where it can."""
+    unsafe_evaluation: bool = False
+    """Where there is no sandbox: let tasks of reasoning-gym evaluate answers all the same. At risk is all that you may
+    read, write or send: text that the model wrote may run as code with your rights."""
     overlong_buffer: int = 4096
     """Tokens before max_response over which the punishment grows; 0: none."""
     overlong_factor: float = 1.0
@@ -264,5 +270,5 @@ MAY_CHANGE = (
     *("model.remat", "model.attention", "model.logprob_chunk", "rollout.prompts_at_once", "rollout.chunk"),
     "rollout.tensor",
     *("algorithm.micro_batches", "algorithm.row_length", "algorithm.packing"),
-    *("reward.workers", "reward.timeout_s", "reward.memory_mb"),
+    *("reward.workers", "reward.timeout_s", "reward.memory_mb", "reward.sandbox", "reward.unsafe_evaluation"),
 )

@@ -230,7 +230,7 @@ def _tokenizer(path: str, folder: Path) -> Tokenizer:
 
 
 def _problems(config: Config, path: str, read: Callable[[Config], list[Problem] | None]) -> list[Problem]:
-    check_source(path, rule=config.reward.rule)
+    check_source(path, rule=config.reward.rule, unsafe_evaluation=config.reward.unsafe_evaluation)
     return read(config) or []
 
 

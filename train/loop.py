@@ -28,7 +28,7 @@ from train.export import export
 from train.groups import Group, from_plain, to_plain
 from train.metrics import MetricLog, plain, write_jsonl
 from train.microscope import observe
-from train.prepare import Job
+from train.prepare import Job, grading
 from train.resume import restore
 from train.rollout import Collected, Collector, Decoder
 from train.same_run import CONTENT, fingerprint, write_record
@@ -77,7 +77,7 @@ class _Run:
         )
         trackers = self._begin_files(stack) if self.cluster.main else []
         reward = config.reward
-        self.pool = stack.enter_context(SharedPool(self.cluster, reward.workers, reward.timeout_s, reward.memory_mb))
+        self.pool = stack.enter_context(SharedPool(self.cluster, reward.workers, **grading(config)))
         wanted = ("seed", "data", "rollout", "reward", "model", "algorithm", "optim", *CONTENT)
         made_for = {name: job.record[name] for name in wanted} | {"rule": rule_version(config.reward.rule)}
         for name, paths in {"model": ("path",), "data": ("train", "val")}.items():  # the content counts, not the place

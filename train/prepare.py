@@ -85,7 +85,9 @@ def check(config: Config) -> Job:
     for name in config.log.trackers:
         tracker_module(name)
     for source in filter(None, (config.data.train, config.data.val if config.eval.every else None)):
-        check_source(source, rule=config.reward.rule)  # before a model is downloaded
+        check_source(  # before a model is downloaded
+            source, rule=config.reward.rule, unsafe_evaluation=config.reward.unsafe_evaluation
+        )
     folder = model_folder(config.model.path)
     tokenizer = load_tokenizer(folder)
     train = tokenized(config, tokenizer, training_problems(config))
@@ -362,6 +364,11 @@ def check_shards(shards: int, rows: int, what: str) -> None:
         raise ValueError(f"{what} = {rows} rows do not divide over the {shards} shards of mesh.data * mesh.fsdp")
 
 
+def grading(config: Config) -> dict[str, Any]:
+    """What `GraderPool` is told besides the number of its workers."""
+    return {name: getattr(config.reward, name) for name in ("timeout_s", "memory_mb", "sandbox", "unsafe_evaluation")}
+
+
 def try_rule(config: Config, problems: Sequence[Problem]) -> None:
     """A rule of one's own must at least be there; a reasoning-gym task must be able to make its problems again."""
     rule, tries = config.reward.rule, [("", "")]
@@ -370,7 +377,7 @@ def try_rule(config: Config, problems: Sequence[Problem]) -> None:
         tries = [(f"<answer>{json.loads(entry)['answer'] or 0}</answer>", entry) for entry in entries]
     if rule in ("math_verify", "dapo_answer"):
         return
-    with GraderPool(1, config.reward.timeout_s, config.reward.memory_mb) as pool:
+    with GraderPool(1, **grading(config)) as pool:
         graded = pool.grade(rule, *map(list, zip(*tries, strict=True)))
     failed = [verdict.error for verdict in graded if verdict.error] if rule == "reasoning_gym" else []
     if failed:

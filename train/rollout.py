@@ -14,8 +14,8 @@ from rlvr_jax.data.prompts import PromptSet, prompt_batches
 from rlvr_jax.decoding.generate import Generation, decode
 from rlvr_jax.decoding.state import LanguageModel
 from rlvr_jax.program import RunError
-from rlvr_jax.rewards.pool import Graded, GraderPool
-from train.config import Config
+from rlvr_jax.rewards.pool import Graded, GraderPool, all_failed
+from train.config import AlgorithmConfig, Config
 from train.groups import Group, Spool, from_plain, to_plain
 
 
@@ -165,7 +165,7 @@ class Collector:
             if batches == algorithm.max_generation_batches:
                 if algorithm.when_short == "pad" and kept:
                     break
-                raise RunError(_short_of_groups(trainer_step, batches, made, kept, algorithm.train_batch))
+                raise RunError(_short_of_groups(trainer_step, batches, made, len(kept), algorithm))
             groups, took = self._generation_batch(params, trainer_step, on_phase)
             batches += 1
             seconds.update(took)
@@ -303,11 +303,20 @@ def _rollout_metrics(made: list[Group], seconds: collections.Counter) -> dict[st
     }
 
 
-def _short_of_groups(step: int, batches: int, made: list[Group], kept: list[Group], wanted: int) -> str:
+def _short_of_groups(step: int, batches: int, made: list[Group], kept: int, algorithm: AlgorithmConfig) -> str:
     accuracy = np.mean([group.correct.mean() for group in made])
-    return (
-        f"trainer step {step}: {batches} generation batches (algorithm.max_generation_batches) gave {len(kept)} groups "
-        f"whose scores vary, {wanted} are needed (algorithm.train_batch); mean accuracy {accuracy:.3f}: the "
-        "problems are too hard or too easy for the model, or the grading rule does not read its answers "
-        "(algorithm.when_short=pad would train on what there is)"
+    errors = [error for group in made for error in group.errors]
+    failed = [error for error in errors if error is not None]
+    said = (
+        f"trainer step {step}: {batches} generation batches (algorithm.max_generation_batches) gave {kept} groups "
+        f"whose scores vary, {algorithm.train_batch} are needed (algorithm.train_batch); "
     )
+    if failures := all_failed(errors):
+        return f"{said}{failures}; the reward rule, not the model, is what to look at"
+    said += (
+        f"mean accuracy {accuracy:.3f}: the problems are too hard or too easy for the model, or the grading rule does "
+        "not read its answers"
+    )
+    if failed:
+        said += f"; {len(failed)} of {len(errors)} gradings failed, such as: {failed[0]}"
+    return said if algorithm.when_short == "pad" else f"{said} (algorithm.when_short=pad would train on what there is)"

@@ -15,8 +15,8 @@ from train.groups import Group, Spool, to_plain
 class SharedPool(GraderPool):
     """A pool of each process; every one grades a part of the responses and gets the verdicts on all."""
 
-    def __init__(self, cluster: Cluster, *options: Any):
-        super().__init__(*options)
+    def __init__(self, cluster: Cluster, *options: Any, **more: Any):
+        super().__init__(*options, **more)
         self._cluster = cluster
 
     def grade(self, rule: str, responses: Sequence[str], answers: Sequence[str]) -> list[Graded]:

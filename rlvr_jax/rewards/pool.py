@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import threading
 import weakref
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlvr_jax.rewards import rules
-from rlvr_jax.rewards.process import Worker, dismiss, stop_teams, wait
+from rlvr_jax.rewards.process import Worker, dismiss, from_outside, stop_teams, wait
+
+log = logging.getLogger(__name__)
 
 RULES = ("math_verify", "dapo_answer", "reasoning_gym")
 REMEMBERED = 1 << 17  # verdicts kept
 OVERRUNS_REMEMBERED = 2  # a pair that failed this often is not tried again: once may be the machine's fault
 START_ATTEMPTS = 3
+GRADE_ATTEMPTS = 3  # of a response whose grading was killed from outside
 IN_PROCESS_ANSWER = 2000  # characters; DAPO's regular expressions are quadratic in the worst case, 10 ms at this length
 
 
@@ -78,6 +82,15 @@ def rule_version(rule: str) -> str:
     return ", ".join(found)
 
 
+def all_failed(errors: Sequence[str | None]) -> str | None:
+    """A sentence on gradings of which every one failed, with their most frequent errors; None where one did not."""
+    if not errors or None in errors:
+        return None
+    common = collections.Counter(errors).most_common(3)
+    listed = "; ".join(f"{error} ({count} times)" for error, count in common)
+    return f"all {len(errors)} gradings failed: {listed}"
+
+
 _NOT_GRADED = Graded(False, None, "not graded")
 
 
@@ -86,14 +99,23 @@ class GraderPool:
 
     Workers are started at the first need, reused across calls, and stopped by `close`, at the end of `with`, or at
     exit. A worker that exceeds the time limit, dies, or grows past half its memory is killed with its process group
-    and replaced; only the response it was grading gets an error. They import neither this package nor jax, and a
-    verdict does not depend on what was graded before it. Calls from several threads take turns.
+    and replaced; only the response it was grading gets an error. One that another program killed (such as the kernel
+    when memory ran out) is replaced and the response is graded again, three times at most. Workers import neither this
+    package nor jax, and a verdict does not depend on what was graded before it. Calls from several threads take turns.
+
+    Under the rule "reasoning_gym", whose scorers may evaluate the text of an answer, and under every rule with
+    `sandbox`, each response is graded in a process of its own that can compute and return a verdict and nothing else
+    (see `docs/rewards.md`). Where the platform has no such sandbox, "reasoning_gym" refuses the tasks that evaluate
+    text, unless `unsafe_evaluation`.
 
     Args:
         workers: number of processes for each rule in use.
         timeout_s: seconds (wall clock) for one response.
         memory_mb: MiB a worker may take beyond its imports; None for no limit. Not enforced by macOS.
         startup_s: seconds a worker may take to start (importing sympy takes one to a few).
+        sandbox: grade each response in a sandbox, whatever the rule; workers then start with a bare environment.
+        unsafe_evaluation: where there is no sandbox, let tasks of reasoning-gym evaluate answers all the same: text
+            written by the model may then run as code with the rights of this process.
     """
 
     def __init__(
@@ -102,6 +124,9 @@ class GraderPool:
         timeout_s: float | int = 5.0,
         memory_mb: int | None = 2048,
         startup_s: float | int = 120.0,
+        *,
+        sandbox: bool = False,
+        unsafe_evaluation: bool = False,
     ):
         if workers < 1:
             raise ValueError(f"workers = {workers}: expected at least 1")
@@ -109,6 +134,7 @@ class GraderPool:
             if value is not None and not value > 0:
                 raise ValueError(f"{name} = {value}: expected a positive number")
         self.workers, self.timeout_s, self.memory_mb, self.startup_s = workers, timeout_s, memory_mb, startup_s
+        self.sandbox, self.unsafe_evaluation = sandbox, unsafe_evaluation
         self._teams: dict[str, list[Worker]] = collections.defaultdict(list)
         self._memo: dict[tuple[str, str | None, str], Graded] = {}
         self._overruns: collections.Counter[tuple[str, str | None, str]] = collections.Counter()
@@ -152,7 +178,8 @@ class GraderPool:
         marks, 1. The verdicts of the named rules are remembered per (prediction, answer).
 
         Raises:
-            ValueError: an unknown rule, one that cannot be imported, lists of unequal length, something not a text.
+            ValueError: an unknown rule, one that cannot be imported, lists of unequal length, something not a text;
+                with `sandbox` a platform that has none.
             RuntimeError: workers do not start.
         """
         if rule not in RULES and not all(rule.partition(":")):
@@ -170,14 +197,20 @@ class GraderPool:
             raise RuntimeError("this GraderPool was made before a fork; make another in the child process")
         pairs = zip(responses, answers, strict=True)
         with self._lock:
-            if rule == "math_verify":
-                return self._extracted(rule, rules.last_boxed, list(pairs))
-            if rule == "reasoning_gym":
-                graded = self._extracted(rule, rules.final_answer, list(pairs))
-                return [x if x.score is not None else Graded(*x, score=0.0) for x in graded]
-            if rule == "dapo_answer":
-                return self._dapo_answer(list(pairs))
-            return self._run(rule, list(pairs))
+            graded = self._graded(rule, list(pairs))
+        if failures := all_failed([verdict.error for verdict in graded]):
+            log.warning("%s by %s", failures, rule)
+        return graded
+
+    def _graded(self, rule, pairs):
+        if rule == "math_verify":
+            return self._extracted(rule, rules.last_boxed, pairs)
+        if rule == "reasoning_gym":
+            graded = self._extracted(rule, rules.final_answer, pairs)
+            return [x if x.score is not None else Graded(*x, score=0.0) for x in graded]
+        if rule == "dapo_answer":
+            return self._dapo_answer(pairs)
+        return self._run(rule, pairs)
 
     def _extracted(self, rule, extract, pairs):
         """Rules that compare what `extract` finds in the response: each (prediction, answer) is graded once."""
@@ -230,21 +263,25 @@ class GraderPool:
         todo = collections.deque(range(len(jobs)))
         left = len(jobs)
         team = self._teams[rule]
-        failed_starts = 0
+        failed_starts, killed = 0, collections.Counter()
         try:
             while left:
                 for worker in [worker for worker in team if worker.ready and worker.job is None and worker.dead()]:
                     self._dismiss(worker, team)
                 free = sum(worker.job is None for worker in team)
                 while len(team) < self.workers and free < len(todo):
-                    team.append(Worker(rule, self.timeout_s, self.memory_mb, self.startup_s))
+                    team.append(self._new_worker(rule))
                     free += 1
                 for worker in team:
                     if todo and worker.ready and worker.job is None:
                         job = todo.popleft()
                         worker.assign(job, *jobs[job])
                 for worker, message in wait([worker for worker in team if not worker.ready or worker.job is not None]):
-                    if worker.job is not None:
+                    if worker.job is not None and from_outside(message) and killed[worker.job] < GRADE_ATTEMPTS - 1:
+                        killed[worker.job] += 1
+                        todo.appendleft(worker.job)
+                        worker.job = None
+                    elif worker.job is not None:
                         verdicts[worker.job] = Graded(*map(message.get, ("correct", "prediction", "error", "score")))
                         worker.job, left = None, left - 1
                     elif "fatal" in message:
@@ -263,6 +300,16 @@ class GraderPool:
                 self._dismiss(worker, team)
             raise
         return verdicts
+
+    def _new_worker(self, rule):
+        return Worker(
+            rule,
+            self.timeout_s,
+            self.memory_mb,
+            self.startup_s,
+            apart=self.sandbox or rule == "reasoning_gym",
+            unsafe_evaluation=self.unsafe_evaluation,
+        )
 
     def _dismiss(self, worker, team):
         dismiss(worker, team)

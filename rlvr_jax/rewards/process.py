@@ -13,6 +13,17 @@ from pathlib import Path
 from typing import cast
 
 _WORKER = Path(__file__).with_name("worker.py")
+# Of a worker that grades in a sandbox: it keeps the limit of a response itself, and may make a problem again besides.
+_APART_GRACE_S = 10.0
+# The environment of such a worker: nothing of the run but what finding libraries and reading text takes, and one thread
+# for each library, since the threads of a process that forks do not survive in the fork.
+_APART_KEEPS = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
+_APART_ADDS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+# How an answer itself may end a process: by a crash, or at a limit. Other signals come from outside.
+_OWN_ENDS = {
+    *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGSYS, signal.SIGTRAP),
+    *(signal.SIGXCPU, signal.SIGXFSZ, signal.SIGALRM),
+}
 
 
 class Worker:
@@ -24,7 +35,10 @@ class Worker:
         peak_mb: the most resident memory it was seen to take, MiB; 0 where the system does not say.
     """
 
-    def __init__(self, rule, timeout_s, memory_mb, startup_s):
+    def __init__(self, rule, timeout_s, memory_mb, startup_s, *, apart=False, unsafe_evaluation=False):
+        environment = os.environ
+        if apart:
+            environment = _APART_ADDS | {name: os.environ[name] for name in _APART_KEEPS if name in os.environ}
         # A fixed hash seed: sympy's orderings, and so its verdicts, repeat from run to run.
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER)],
@@ -33,14 +47,23 @@ class Worker:
             stderr=subprocess.DEVNULL,
             bufsize=0,
             start_new_session=True,
-            env={**os.environ, "PYTHONHASHSEED": "0"},
+            env={**environment, "PYTHONHASHSEED": "0"},
         )
         self.requests, self.verdicts = cast(io.FileIO, self.process.stdin), cast(io.FileIO, self.process.stdout)
         os.set_blocking(self.requests.fileno(), False)
         os.set_blocking(self.verdicts.fileno(), False)
         self.timeout_s, self.ready, self.job, self.peak_mb = timeout_s, False, None, 0.0
+        self.grace_s = _APART_GRACE_S if apart else 0.0
         self.outgoing, self.incoming = b"", bytearray()
-        config = {"rule": rule, "memory_mb": memory_mb, "orphan_s": 2 * timeout_s + 10, "path": [*map(str, sys.path)]}
+        config = {
+            "rule": rule,
+            "memory_mb": memory_mb,
+            "timeout_s": timeout_s,
+            "orphan_s": 2 * timeout_s + 10,
+            "path": [*map(str, sys.path)],
+            "apart": apart,
+            "unsafe_evaluation": unsafe_evaluation,
+        }
         self._send(config, startup_s)
 
     def dead(self):
@@ -48,7 +71,7 @@ class Worker:
 
     def assign(self, job, text, answer):
         self.job = job
-        self._send({"text": text, "answer": answer}, self.timeout_s)
+        self._send({"text": text, "answer": answer}, self.timeout_s + self.grace_s)
 
     def _send(self, message, limit_s):
         self.outgoing = memoryview(json.dumps(message).encode() + b"\n")
@@ -73,7 +96,7 @@ class Worker:
                 self.stop()
                 status = self.process.returncode
                 cause = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-                return _failure(f"the grading worker died ({cause})")
+                return _failure(f"the grading worker died ({cause})") | {"signal": max(0, -status)}
             self.incoming += chunk
             if chunk.endswith(b"\n"):
                 line, self.incoming = bytes(self.incoming), bytearray()
@@ -100,6 +123,11 @@ class Worker:
 
 def _failure(error):
     return {"correct": False, "prediction": None, "error": error, "last": True}
+
+
+def from_outside(message):
+    """Whether what a worker says of a grading is that another program killed it."""
+    return message.get("signal", 0) not in {0, *_OWN_ENDS}
 
 
 def peak_mb(pid):

@@ -10,6 +10,15 @@ TAGGED_LIMIT = 20_000  # characters; some reasoning-gym answers are grids of 30 
 DAPO_TAIL = 300  # characters of the response that DAPO's rule looks at
 DAPO_MISSING = "[INVALID]"
 
+# The tasks of reasoning-gym 0.1.25 whose scorers evaluate the text of an answer as Python: the first four by `eval`,
+# the others by sympy's `parse_expr`. `tests/test_rewards_canaries.py` looks for others.
+EVALUATING_TASKS = frozenset(
+    (
+        *("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"),
+        *("countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"),
+    )
+)
+
 _BRACE = re.compile(r"[{}]")
 _ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 

@@ -4,10 +4,16 @@
 configuration; it answers `{"ready": true}` or `{"fatal": reason}`. The time limit is the pool's, which kills the
 worker. (An exception raised inside sympy by a timer would leave half-made entries in sympy's caches, and later verdicts
 could then depend on earlier ones.)
+
+With "apart" in the configuration the worker itself never grades a response: each is graded in a forked process of its
+own that the sandbox confines (`sandbox.py`), and the time limit is kept here. Such a worker is started with an
+environment that holds no secret.
 """
 
+import contextlib
 import copy
 import functools
+import gc
 import hashlib
 import importlib
 import json
@@ -19,7 +25,9 @@ import resource
 import runpy
 import signal
 import sys
-from typing import Any
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 RECYCLE_SHARE = 0.5  # of the memory limit: a worker that once grew this far is replaced after its verdict
 
@@ -36,6 +44,24 @@ class _Failures(logging.Handler):
             self.last = record.exc_info[1]
 
 
+class Grader(NamedTuple):
+    """A rule in the worker.
+
+    Attributes:
+        grade: `(text, answer)` to `(correct, prediction, error, score)`.
+        prepare: what the worker does with a reference answer before it grades, or before it starts a process that does.
+    """
+
+    grade: Callable[[str, str], tuple[bool, str | None, str | None, float | None]]
+    prepare: Callable[[str], Any] = lambda answer: None
+
+
+def _beside(name):
+    """A file of this folder as a module, without the package."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    return types.SimpleNamespace(**runpy.run_path(os.path.join(folder, f"{name}.py")))
+
+
 def _reason(error):
     return " ".join(f"{type(error).__name__}: {error}"[:300].split()).rstrip(": ")
 
@@ -43,6 +69,8 @@ def _reason(error):
 def _math_verify():
     import math_verify
 
+    # math-verify gives sympy's parser digits and operators alone; should it ever give it more, that is refused.
+    _beside("guard").Guard().start()
     failures = _Failures()
     logger = logging.getLogger("math_verify")
     logger.setLevel(logging.DEBUG)
@@ -66,29 +94,41 @@ def _math_verify():
         return correct, prediction, None if failure is None else _reason(failure), None
 
     grade("\\frac{1}{2}", "0.5")  # compiles the regular expressions and fills the parser's tables now, not on the clock
-    return grade
+    return Grader(grade)
 
 
 def _dapo_answer():
-    rules = runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), "rules.py"))
+    rules = _beside("rules")
 
     def grade(response, answer):
-        return *rules["dapo_verdict"](rules["dapo_prediction"](response), answer), None, None
+        return *rules.dapo_verdict(rules.dapo_prediction(response), answer), None, None
 
-    return grade
+    return Grader(grade)
 
 
-def _reasoning_gym():
-    """Scores by the task's own `score_answer`; the entry is made again from its task, configuration and index."""
+def _reasoning_gym(evaluating):
+    """Scores by the task's own `score_answer`; the entry is made again from its task, configuration and index.
+
+    Args:
+        evaluating: why tasks that evaluate the text of an answer are refused, or None if they are not.
+    """
     try:
         import reasoning_gym
     except ImportError as error:
         raise ImportError(f"{error} (pip install reasoning-gym)") from error
 
+    guard, evaluate = _beside("guard").Guard(), _beside("rules").EVALUATING_TASKS
+
     @functools.lru_cache(maxsize=256)
     def made(task, config):
+        if evaluating is not None and task in evaluate:
+            raise ValueError(f"{task} evaluates the text of an answer: {evaluating}")
         random.seed(0)
-        return reasoning_gym.create_dataset(task, **json.loads(config))
+        dataset = reasoning_gym.create_dataset(task, **json.loads(config))
+        entry = dataset[0]
+        with contextlib.suppress(Exception):  # so that what scoring imports late is there
+            dataset.score_answer(entry["answer"], entry)
+        return dataset
 
     @functools.lru_cache(maxsize=4096)
     def entry_of(task, config, index, digest):
@@ -99,20 +139,32 @@ def _reasoning_gym():
             raise ValueError(f"{task} {index} is another question when it is made again")
         return entry
 
-    def grade(prediction, answer):
+    def prepare(answer):
         try:
             asked = json.loads(answer)
             task, config, index = asked["task"], json.dumps(asked["config"], sort_keys=True), asked["index"]
             digest = asked["question_sha256"]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError("the reference answer is not that of a reasoning-gym problem") from error
-        entry = copy.deepcopy(entry_of(task, config, index, digest))
-        score = float(made(task, config).score_answer(prediction, entry))
+        return task, made(task, config), entry_of(task, config, index, digest)
+
+    def grade(prediction, answer):
+        task, dataset, entry = prepare(answer)
+        entry = copy.deepcopy(entry)
+        random.seed(0)
+        guard.start()
+        try:
+            score = float(dataset.score_answer(prediction, entry))
+        finally:
+            guard.stop()
+        error = None
+        if guard.refused is not None:
+            error = f"{task} evaluates the answer, which has more than constants and formulas in it: {guard.refused}"
         if not math.isfinite(score):
             return False, prediction, f"{task} gave the score {score}", None
-        return score >= 1, prediction, None, score
+        return score >= 1, prediction, error, score
 
-    return grade
+    return Grader(grade, prepare)
 
 
 def _function(rule):
@@ -133,7 +185,7 @@ def _function(rule):
             return False, prediction, f"{rule} returned the score {value}", None
         return value > 0, prediction, None, value
 
-    return grade
+    return Grader(grade)
 
 
 def _limit_memory(memory_mb):
@@ -176,33 +228,87 @@ def main():
         verdicts.flush()
 
     config = json.loads(requests.readline())
-    rule, orphan_s = config["rule"], config["orphan_s"]
     sys.path[:] = config["path"]
     try:
-        builtin = {"math_verify": _math_verify, "dapo_answer": _dapo_answer, "reasoning_gym": _reasoning_gym}.get(rule)
-        grade = builtin() if builtin else _function(rule)
+        sandbox, evaluating = _sandbox(config)
+        grader = _grader(config["rule"], evaluating)
     except Exception as error:
         reply(fatal=_reason(error))
         return
     _limit_memory(config["memory_mb"])
     allowed = None if config["memory_mb"] is None else _peak_mb() + RECYCLE_SHARE * config["memory_mb"]
+    gc.freeze()  # a forked process then leaves more of the memory that it shares as it is
     reply(ready=True)
 
     for line in requests:
         request = json.loads(line)
         # Should the parent be gone, nobody kills an endless grade; the alarm's default action does.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, orphan_s)
-        try:
-            correct, prediction, error, score = grade(request["text"], request["answer"])
-        except BaseException as failure:  # a grader's SystemExit too
-            correct, prediction, error, score = False, None, _reason(failure), None
+        signal.setitimer(signal.ITIMER_REAL, config["orphan_s"])
+        if sandbox is None:
+            verdict = _verdict(grader.grade, request)
+        else:
+            verdict = _verdict_apart(sandbox, grader, request, config["timeout_s"])
         signal.setitimer(signal.ITIMER_REAL, 0)
         peak_mb = _peak_mb()
         last = allowed is not None and peak_mb > allowed
-        reply(correct=correct, prediction=prediction, error=error, score=score, last=last, peak_mb=peak_mb)
+        reply(**{"peak_mb": peak_mb} | verdict | {"last": last})
         if last:
             return
+
+
+def _sandbox(config):
+    """The sandbox to grade in, or None; and why text of answers must not be evaluated here, or None."""
+    if not config["apart"]:
+        return None, None
+    sandbox = _beside("sandbox")
+    failing = sandbox.failing()
+    if failing is None:
+        return sandbox, None
+    if config["rule"] != "reasoning_gym":
+        raise RuntimeError(f"no sandbox here: {failing}")
+    return None, None if config["unsafe_evaluation"] else f"refused, since there is no sandbox here: {failing}"
+
+
+def _grader(rule, evaluating):
+    if ":" in rule:
+        return _function(rule)
+    if rule == "reasoning_gym":
+        return _reasoning_gym(evaluating)
+    return {"math_verify": _math_verify, "dapo_answer": _dapo_answer}[rule]()
+
+
+def _verdict(grade, request):
+    try:
+        correct, prediction, error, score = grade(request["text"], request["answer"])
+    except BaseException as failure:  # a grader's SystemExit too
+        correct, prediction, error, score = False, None, _reason(failure), None
+    return {"correct": correct, "prediction": prediction, "error": error, "score": score}
+
+
+def _verdict_apart(sandbox, grader, request, timeout_s):
+    """The verdict of a process of its own; all that it says is read as data, and must be a verdict."""
+    try:
+        grader.prepare(request["answer"])
+    except Exception as failure:
+        return _no_verdict(_reason(failure))
+    outcome = sandbox.apart(lambda: _verdict(grader.grade, request), timeout_s)
+    if outcome.failure is not None:
+        return _no_verdict(outcome.failure) | {"signal": outcome.signal, "peak_mb": outcome.peak_mb}
+    match outcome.value:
+        case {
+            "correct": bool(),
+            "prediction": str() | None,
+            "error": str() | None,
+            "score": float() | None as score,
+            **more,
+        } if not more and (score is None or math.isfinite(score)):
+            return outcome.value | {"peak_mb": outcome.peak_mb}
+    return _no_verdict("the grading process sent something that is no verdict")
+
+
+def _no_verdict(error):
+    return {"correct": False, "prediction": None, "error": error, "score": None}
 
 
 if __name__ == "__main__":
