@@ -13,7 +13,7 @@ EXTRAS := $(EXTRAS_$(ACCELERATOR))
 PYTEST := $(BIN)/python -m pytest
 JOBS ?= 2
 
-.PHONY: help setup demo test test-slow test-parity bench-decode bench-train tpu-compiler cuda-compiler plans lint clean
+.PHONY: help setup demo test test-slow test-parity bench-decode bench-train tpu-compiler cuda-compiler plans device-check lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -78,6 +78,14 @@ bench-train: setup  ## installs torch, then measures a training update beside it
 	@echo "[setup] installing torch for the comparison ..."
 	@$(BIN)/python -m pip install --quiet -e ".[test,parity]"
 	$(BIN)/python -m benchmarks.train $(ARGS)
+
+# On a machine that has jax for its GPU already: make device-check BARE=1 (nothing is installed). Wheels in .whl are used.
+SIZE ?= gpu
+BUDGET ?= 450
+OUT ?= runs/device_check
+device-check: $(if $(BARE),,setup)  ## numbers and speed on one GPU, at most 8 minutes; SIZE=tiny: the same code on any machine
+	@! ls .whl/*.whl >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .whl/site .whl/*.whl
+	PYTHONPATH=.whl/site $(if $(BARE),$(PYTHON),$(BIN)/python) -m benchmarks.device_check --size $(SIZE) --budget $(BUDGET) --out $(OUT) $(ARGS)
 
 lint: setup  ## ruff and pyright
 	@$(BIN)/python -m pip install --quiet -e ".[test,lint]"

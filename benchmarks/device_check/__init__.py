@@ -1,0 +1,1 @@
+"""Does rlvr_jax compute the right thing on this accelerator, and how fast? See `__main__`."""
