@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from decode.config import DecodeConfig, Setting
 from decode.draw import Models, Wanted, draw
 from decode.inputs import Inputs
+from decode.parts import JsonLines
 from decode.progress import DecodeProgress
-from decode.results import JsonLines, read_json
+from decode.results import read_json
 from rlvr_jax.distributed import cluster
 from rlvr_jax.files import write_json
 from rlvr_jax.program import RunError
@@ -128,11 +129,8 @@ def _responses(
     """(place of the problem, token ids) of every calibration response; those that are not on disk are drawn."""
     file = JsonLines(folder / "calibration" / f"{sampled.name}.jsonl")
     place_of = {problem.index: place for place, problem in enumerate(inputs.problems)}
-    found = {
-        (place_of[record["problem"]], record["sample"]): record["tokens"]
-        for _, record in (file.read() if cluster().main else ())
-        if record["problem"] in place_of
-    }
+    drawn = file.read(lambda one: (one["problem"], one["sample"], one["tokens"])) if cluster().main else []
+    found = {(place_of[problem], sample): ids for problem, sample, ids in drawn if problem in place_of}
     keys, tokens = cluster().broadcast([list(key) for key in found]), cluster().broadcast_tokens(list(found.values()))
     there = {(place, sample): ids for (place, sample), ids in zip(keys, tokens, strict=True)}
     count, problems = config.calibration.responses, len(inputs.problems)

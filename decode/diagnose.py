@@ -26,12 +26,13 @@ from decode.diagnose_inputs import Given, check_given, fingerprint, read_given
 from decode.diagnose_page import draw_results
 from decode.draw import load
 from decode.inputs import check_vocabularies, model_folder, of_pair
+from decode.parts import part_names, read_part, write_part
 from decode.progress import DecodeProgress
 from decode.results import RowLog, check_same, with_whole_paths
 from rlvr_jax.data.text import Tokenizer, decode_ids, load_tokenizer, token_pieces
 from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.distributed import refuse_several
-from rlvr_jax.files import atomic_path, remove_leftovers, write_json
+from rlvr_jax.files import remove_leftovers, write_json
 from rlvr_jax.microscope import files
 from rlvr_jax.microscope.columns import ScoredResponse
 from rlvr_jax.microscope.files import Response
@@ -136,7 +137,7 @@ def run(job: Job | PageCommand) -> None:
 
 def _run(job: Job, preemption: Preemption) -> None:
     config, out = job.config, job.out
-    remove_leftovers(out)
+    remove_leftovers(out, "figures")
     given = job.given
     if job.decode is not None:
         decoding.run(job.decode)
@@ -147,7 +148,7 @@ def _run(job: Job, preemption: Preemption) -> None:
     _claim(job)  # what may change in a finished one
     if not (out / files.VOCABULARY).is_file():
         files.write_vocabulary(out, lambda token: decode_ids(job.tokenizer, [token]))
-    for path in _parts(out / "parts"):
+    for path in part_names(out / "parts").values():
         path.unlink()
     with contextlib.suppress(OSError):
         (out / "parts").rmdir()
@@ -208,7 +209,7 @@ def _score(job: Job, given: list[Given], preemption: Preemption) -> None:
     config, parts = job.config, job.out / "parts"
     remove_leftovers(parts)
     stretches = list(_stretches(given))
-    done = {key for path in _parts(parts) for key in _keys(path)}
+    done = {key for path in part_names(parts).values() for key in _keys(path)}
     missing = [[one for one in stretch if one.tokens and one.key not in done] for stretch in stretches]
     progress = DecodeProgress(len(given), len(given) - sum(map(len, missing)))
     with progress:
@@ -272,9 +273,9 @@ def _scored(job: Job, models: Sequence[Any], stretch: list[Given]) -> Iterator[l
 
 
 def _write_part(folder: Path, stretch: int, part: list[ScoredResponse]) -> None:
-    numbers = [int(path.stem.partition("-")[2]) for path in folder.glob(f"{stretch:06d}-*.parquet")]
-    with atomic_path(folder / f"{stretch:06d}-{max(numbers, default=-1) + 1:06d}.parquet") as temporary:
-        pq.write_table(pa.concat_tables([files.token_table(one) for one in part]), temporary, compression="zstd")
+    of_stretch = [name.split("-") for name in part_names(folder)]
+    number = max((int(last) for first, last in of_stretch if int(first) == stretch), default=-1) + 1
+    write_part(folder, f"{stretch:06d}-{number:06d}", pa.concat_tables([files.token_table(one) for one in part]))
 
 
 def _stretches(given: Sequence[Given]) -> Iterator[list[Given]]:
@@ -290,14 +291,13 @@ def _stretches(given: Sequence[Given]) -> Iterator[list[Given]]:
         yield stretch
 
 
-def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*-*.parquet"))
-
-
 def _keys(part: Path) -> set[tuple[int, int, str]]:
-    """The responses that a part has."""
+    """The responses that a part has: none where it is damaged, which is moved aside then."""
     names = ["problem", "sample", "source"]
-    table = pq.read_table(part, columns=names).group_by(names).aggregate([])
+    table = read_part(part)
+    if table is None:
+        return set()
+    table = table.select(names).group_by(names).aggregate([])
     return {(row["problem"], row["sample"], row["source"]) for row in table.to_pylist()}
 
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from decode.config import DecodeConfig
 from decode.inputs import Inputs
+from decode.parts import DAMAGED, JsonLines, part_names, read_part, set_aside, write_part
 from rlvr_jax.data.rows import parse_json
-from rlvr_jax.files import atomic_path, json_bytes, write_json
+from rlvr_jax.files import atomic_path, write_json
 from rlvr_jax.lock import lock as lock  # whoever writes beside results takes it
 from rlvr_jax.paths import at_home, same_place
 from rlvr_jax.run_folder import own_config
@@ -83,44 +84,6 @@ class Timing:
     other_passes: int = 0
 
 
-class JsonLines:
-    """A file of one JSON object a line, only ever appended to."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def read(self, *, repair: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(line number, object) of every line but a last one that is half written.
-
-        That one is cut off the file too, unless `repair` is false: another process may be writing it.
-
-        Raises:
-          ValueError: another line that is not a JSON object.
-        """
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if repair and len(whole) < len(data):
-            os.truncate(self.path, len(whole))
-        for number, line in enumerate(whole.splitlines(keepends=True), start=1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{self.path}, line {number}: not JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{self.path}, line {number}: not a JSON object")
-            yield number, record
-
-    def append(self, records: Sequence[dict[str, Any]]) -> None:
-        """Adds lines; on return they are on disk."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
-            file.write(b"".join(map(json_bytes, records)))
-            file.flush()
-            os.fsync(file.fileno())
-
-
 class RowLog:
     """The append-only rows of one setting and seed. Opening it reads what is there; `repair` as in `JsonLines.read`."""
 
@@ -128,11 +91,7 @@ class RowLog:
         self.path, self.file = path, JsonLines(path)
         self.rows: dict[tuple[int, int], Row] = {}
         self.timings: list[Timing] = []
-        for number, record in self.file.read(repair=repair):
-            try:
-                self._take(record)
-            except (TypeError, KeyError) as error:
-                raise ValueError(f"{path}, line {number}: not a result row ({error})") from error
+        self.file.read(self._take, repair=repair)
 
     def append(self, rows: Sequence[Row], timing: Timing | None = None) -> None:
         """Adds the rows that are not there yet; on return they are on disk."""
@@ -188,7 +147,8 @@ def _resample_info(row: Row) -> dict[str, dict[str, int | None]]:
 class TokenParts:
     """`tokens.parquet` of one setting: one row a response with its token ids and per-token arrays.
 
-    Every batch is a part file, written before its rows are logged; `assemble` merges parts and any earlier table.
+    Every batch is a part file, written before its rows are logged; `assemble` merges parts and any earlier table. All
+    have checksums.
     """
 
     def __init__(self, folder: Path):
@@ -197,24 +157,46 @@ class TokenParts:
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes one batch. Keys: seed, problem, sample, tokens, logp and, for a pair, delta_logp and fired."""
-        taken = [int(path.stem) for path in self.parts.glob("*.parquet")]
-        with atomic_path(self.parts / f"{max(taken, default=-1) + 1:06d}.parquet") as temporary:
-            pq.write_table(_token_table(rows), temporary)
+        number = max(map(int, part_names(self.parts)), default=-1) + 1
+        write_part(self.parts, f"{number:06d}", _token_table(rows))
+
+    def whole(self) -> set[tuple[int, int, int]] | None:
+        """Seed, problem and sample of all responses in files that are whole; None where none was ever damaged.
+
+        Damaged files are moved aside, with a warning.
+        """
+        found = set()
+        for table in map(read_part, part_names(self.parts).values()):
+            found |= set() if table is None else _keys(table)
+        if self.table_path.exists():
+            try:
+                with pq.ParquetFile(self.table_path, page_checksum_verification=True) as file:
+                    for batch in file.iter_batches():  # all columns: only what is read is checked
+                        found |= _keys(batch)
+            except (ValueError, OSError, pa.ArrowException) as error:
+                set_aside(self.table_path, error)
+        damaged = [*self.parts.glob(f"*{DAMAGED}"), *self.table_path.parent.glob(f"{self.table_path.name}{DAMAGED}")]
+        return found if damaged else None
 
     def assemble(self) -> None:
         """Rewrites the table with the parts merged in, sorted by seed, problem and sample, and removes the parts."""
-        parts = sorted(self.parts.glob("*.parquet"))
+        parts = list(part_names(self.parts).values())
         sources = ([self.table_path] if self.table_path.exists() else []) + parts
         if parts:
             table = pa.concat_tables([pq.read_table(path) for path in sources])
             keys = np.stack([table[key].to_numpy() for key in ("seed", "problem", "sample")], axis=1)
             _, first = np.unique(keys, axis=0, return_index=True)  # a batch decoded twice is the same twice
             with atomic_path(self.table_path) as temporary:
-                pq.write_table(table.take(first), temporary)
+                pq.write_table(table.take(first), temporary, write_page_checksum=True)
         for path in parts:
             path.unlink()
         with contextlib.suppress(OSError):
             self.parts.rmdir()
+
+
+def _keys(table: pa.Table | pa.RecordBatch) -> set[tuple[int, int, int]]:
+    columns = (table[key].to_pylist() for key in ("seed", "problem", "sample"))
+    return set(zip(*columns, strict=True))
 
 
 def _token_table(rows: Sequence[dict[str, Any]]) -> pa.Table:

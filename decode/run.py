@@ -25,7 +25,7 @@ from decode.writer import Destination, Writer
 from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.decoding.memory import MemoryPlan
 from rlvr_jax.distributed import DistributedConfig, cluster, identity, initialize
-from rlvr_jax.files import write_json
+from rlvr_jax.files import remove_leftovers, write_json
 from rlvr_jax.models.config import platform_dtype
 from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, parse_config, writing_to
 from rlvr_jax.rewards.pool import RULES, GraderPool
@@ -115,6 +115,8 @@ def run(job: Job) -> None:
 def _run(job: Job, preemption: Preemption) -> None:
     config, out, main = job.config, job.out, cluster().main
     cluster().phase("load")
+    if main:
+        remove_leftovers(out, "calibration")
     try:
         runs = [_SettingRun(job, setting) for setting in config.settings]
         taus = known_thresholds(out, config.settings)
@@ -253,8 +255,13 @@ class _SettingRun:
         self.logs: dict[int, RowLog] = {}
         there: list[Row | None] = [None] * len(wanted)
         if cluster().main:
+            remove_leftovers(self.folder, "tokens.parts")
             self.logs = {seed: RowLog(self.folder / f"seed{seed}.rows.jsonl") for seed in job.config.seeds}
             there = [self.logs[one.seed].rows.get((index[one.place], one.sample)) for one in wanted]
+            whole = self.parts.whole() if job.config.save_tokens else None
+            if whole is not None:  # what lost its tokens is drawn again, to the same tokens
+                keys = [(one.seed, index[one.place], one.sample) for one in wanted]
+                there = [row if key in whole else None for row, key in zip(there, keys, strict=True)]
         self.missing = [wanted[i] for i in cluster().broadcast([i for i, row in enumerate(there) if row is None])]
         self.total, self.done = len(wanted), len(wanted) - len(self.missing)
         self.correct = sum(row.correct for row in there if row is not None)

@@ -3,9 +3,13 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # .NAME.PROCESS.tmp
 
 
 @contextlib.contextmanager
@@ -23,10 +27,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Removes what killed processes had begun to write there with `atomic_path`; nobody else may be writing."""
-    for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: str | os.PathLike[str], *inside: str) -> None:
+    """Removes what killed processes had begun to write in a folder; nobody else may be writing there.
+
+    That is what `atomic_path` names, and the folder that `rlvr_jax.save_hf` fills.
+
+    Args:
+      folder: where to look, not below.
+      inside: patterns of folders in it where to look too.
+    """
+    for place in (Path(folder), *(path for pattern in inside for path in Path(folder).glob(pattern))):
+        for path in place.glob(".*.tmp") if place.is_dir() else ():
+            if not _TEMPORARY.fullmatch(path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def valid_text(text: str) -> str:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import jax
 import tyro
+from jax._src import compilation_cache as compiled  # nothing public reads an entry
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from rich.logging import RichHandler
@@ -23,6 +24,8 @@ from rich.logging import RichHandler
 from rlvr_jax import distributed
 from rlvr_jax.lock import FolderInUse
 from rlvr_jax.paths import at_home, config_at_home
+
+log = logging.getLogger(__name__)
 
 C = TypeVar("C")
 Job = TypeVar("Job")
@@ -187,11 +190,30 @@ def compile_cache(where: str | None, run_dir: str | os.PathLike[str]) -> Iterato
         options["jax_persistent_cache_min_compile_time_secs"] = _MIN_COMPILE_S
         options["jax_persistent_cache_enable_xla_caches"] = "none"  # it puts the folder's path into every key
     before = {name: getattr(jax.config, name) for name in options}
+    if folder is not None and folder != given and distributed.cluster().main:
+        _remove_damaged(Path(folder))
     try:
         _update(options)
         yield
     finally:
         _update(before)
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Removes compiled programs that were cut short: jax would fail to read them at every start, and not replace them.
+
+    It costs to read all of them once, some seconds per GB.
+    """
+    damaged = []
+    for path in folder.glob("*-cache"):
+        try:
+            compiled.decompress_executable(path.read_bytes())
+        except Exception as error:  # whatever the compressor raises, which jax chooses
+            damaged.append((path, error))
+            path.unlink(missing_ok=True)
+    if damaged:
+        path, error = damaged[0]
+        log.warning("%s: %d damaged programs (%s: %s) are compiled again", folder, len(damaged), path.name, error)
 
 
 def _update(options: dict[str, str | float | None]) -> None:

@@ -308,16 +308,20 @@ def test_a_run_that_fails_ends_with_one_sentence(job, tmp_path, monkeypatch, cap
     assert "model.safetensors" in error
 
 
-def test_a_damaged_file_is_named(done, tmp_path, monkeypatch, capsys):
+def test_what_is_damaged_is_drawn_again(done, tmp_path, caplog):
+    """A row whose text has changed, a line that is none, and a table of tokens with one bit flipped."""
     config = dataclasses.replace(done, out=str(tmp_path / "copy"))
     subprocess.run(["cp", "-r", done.out, config.out], check=True)
-    log = Path(config.out) / "rl" / "seed3.rows.jsonl"
-    log.write_bytes(b"{\n" + log.read_bytes())
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(f"from decode.config import *\nconfig = {config!r}\n")
-    code, error = fails(monkeypatch, capsys, "--config", recipe)
-    assert code == 1
-    assert "seed3.rows.jsonl, line 1: not JSON" in " ".join(error.split())
+    log, table = Path(config.out) / "rl" / "seed3.rows.jsonl", Path(config.out) / "delta" / "tokens.parquet"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join((b"{\n", lines[0].replace(b'"text": "', b'"text": "a'), *lines[1:])))
+    data = bytearray(table.read_bytes())
+    data[100] ^= 4
+    table.write_bytes(data)
+    decode.run.run(decode.run.check(config))
+    assert results(config) == results(done)
+    assert "seed3.rows.jsonl: 2 damaged lines, the first is line 1 (not JSON" in caplog.text
+    assert "delta/tokens.parquet: damaged (" in caplog.text
 
 
 def test_a_run_keeps_its_dtype(done, monkeypatch):

@@ -22,7 +22,7 @@ from rlvr_jax.data.text import load_tokenizer
 from rlvr_jax.microscope import files
 from rlvr_jax.microscope.pair import score_pair
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import RunError
+from rlvr_jax.program import Preempted, RunError
 from tests.tiny import tiny_checkpoint, write_tiny_problems
 
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -114,7 +114,7 @@ def test_what_is_looked_at_is_written(done, monkeypatch):
 
 
 def test_a_run_that_was_cut_off_goes_on(config, done, tmp_path, monkeypatch):
-    """No response is scored twice, and the files are those of a run in one go."""
+    """No response is scored twice, and the files are those of a run in one go: killed, damaged since, asked to end."""
     config = dataclasses.replace(config, out=str(tmp_path))
     scored = []
     write = diagnose._write_part
@@ -125,6 +125,11 @@ def test_a_run_that_was_cut_off_goes_on(config, done, tmp_path, monkeypatch):
         scored.extend([[(one.problem, one.sample, one.source) for one in part]])
         write(folder, stretch, part)
 
+    def asked_to_end(*part):
+        write(*part)
+        first.extend((one.problem, one.sample, one.source) for one in part[2])
+        os.kill(os.getpid(), signal.SIGTERM)
+
     monkeypatch.setattr(diagnose, "STRETCH", 40)
     monkeypatch.setattr(diagnose, "draw_results", lambda *_: None)
     monkeypatch.setattr(diagnose, "_write_part", cut)
@@ -132,8 +137,13 @@ def test_a_run_that_was_cut_off_goes_on(config, done, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         diagnose.run(job)
     assert not (tmp_path / "tokens.parquet").exists()
-    first = [key for part in scored for key in part]
+    _, second = sorted((tmp_path / "parts").iterdir())
+    second.write_bytes(second.read_bytes()[:-30])  # damaged since: what it has is scored again
+    first = scored[0]
     scored.clear()
+    monkeypatch.setattr(diagnose, "_write_part", asked_to_end)
+    with pytest.raises(Preempted, match=r"^stopped on request \(SIGTERM\), what was scored is saved; the same command"):
+        diagnose.run(diagnose.checked(config))
     monkeypatch.setattr(diagnose, "_write_part", lambda *part: (scored.append(part[2]), write(*part)))
     diagnose.run(diagnose.checked(config))
     again = [(one.problem, one.sample, one.source) for part in scored for one in part]

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from decode.results import JsonLines, read_json
+from decode.parts import JsonLines
+from decode.results import read_json
 from rlvr_jax.files import json_bytes, valid_text, write_json
 from rlvr_jax.microscope.files import RESPONSE_SCHEMA, Response, write_responses
 from train.metrics import MetricLog, write_jsonl
@@ -22,7 +23,7 @@ def test_lone_surrogates_are_written_as_their_escapes(tmp_path):
     for name in ("a.jsonl", "rows.jsonl"):
         lines = (tmp_path / name).read_text(encoding="utf-8").split("\n")
         assert [json.loads(line)["x"] for line in lines if line] == ODD
-    assert [record["x"] for _, record in JsonLines(tmp_path / "rows.jsonl").read()] == ODD
+    assert JsonLines(tmp_path / "rows.jsonl").read(lambda record: record["x"]) == ODD
     assert json_bytes("é\U0001f600") == '"é\U0001f600"\n'.encode()
     assert valid_text("".join(ODD[:2])) == "8???"
 

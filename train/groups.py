@@ -123,15 +123,22 @@ class Spool:
             self._folder = None
 
     def load(self, number: int, trainer_step: int) -> tuple[list[Group], dict[str, float]] | None:
-        """The groups and seconds of a batch that was sampled for this trainer step; None where there is none."""
+        """The groups and seconds of a batch that was sampled for this trainer step; None where there is none.
+
+        Nor is there one where the file is damaged (it has a checksum of each array): that is said.
+        """
         if self._folder is None or not self._path(number).is_file():
             return None
-        with np.load(self._path(number)) as file:
-            head = json.loads(file["head"].tobytes().decode())
+        try:
+            with np.load(self._path(number)) as file:
+                arrays = dict(file)
+            head = json.loads(arrays.pop("head").tobytes())
             if (head["run"], head["trainer_step"]) != (self._run, trainer_step):
                 return None
-            arrays = {name: file[name] for name in file.files if name != "head"}
-        return from_plain(head["groups"], arrays, self._n), head["seconds"]
+            return from_plain(head["groups"], arrays, self._n), head["seconds"]
+        except Exception as error:  # zipfile and numpy raise most kinds for damaged files
+            log.warning("%s: damaged (%s); the batch is generated again", self._path(number), error)
+            return None
 
     def discard(self, before: int) -> None:
         """Removes the batches with a number below `before`."""

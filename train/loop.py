@@ -122,8 +122,7 @@ class _Run:
     def _begin_files(self, stack: contextlib.ExitStack) -> list[Tracker]:
         """The folder as a run finds it, and the trackers."""
         config, resume = config_dict(self.config), self.job.resume_from is not None
-        for name in (".", "generated", "rollouts", "eval"):
-            remove_leftovers(self.folder / name)
+        remove_leftovers(self.folder, "generated", "rollouts", "eval", "microscope/*", "hf", "hf_step_*")
         write_record(self.folder, self.config, self.job.record)
         self.job.folder.sync()  # a place that cannot be written to is found now
         log = self.config.log

@@ -1,7 +1,7 @@
 """Where a run's numbers go: one JSON object a line, TensorBoard, and trackers."""
 
-import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -15,6 +15,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from rlvr_jax.files import atomic_path, json_bytes
 from train.trackers import Tracker
+
+log = logging.getLogger(__name__)
 
 
 class MetricLog:
@@ -82,15 +84,22 @@ class MetricLog:
     def _keep_lines(self, last_step: int) -> None:
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
+        kept, damaged = [], []
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
                 record = json.loads(line)
-                if record["trainer_steps"] <= last_step:
-                    kept.append(line)
-                    self._last[record["kind"]] = record["trainer_steps"]
+                kind, step = record["kind"], int(record["trainer_steps"])
+            except (ValueError, KeyError, TypeError):
+                damaged.append(number)
+                continue
+            if step <= last_step:
+                kept.append(line)
+                self._last[kind] = step
+        if damaged and damaged != [len(lines)]:  # the last line: cut short by a kill, which is nothing to tell
+            log.warning("%s: line %d is damaged and left out, %d in all", self.path, damaged[0], len(damaged))
         with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_bytes(b"".join(kept))
 
 
 def plain(value: Any) -> Any:

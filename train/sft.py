@@ -25,6 +25,7 @@ from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.prompts import prompt_batches
 from rlvr_jax.data.text import Tokenizer, load_tokenizer
 from rlvr_jax.distributed import DistributedConfig, cluster, identity, initialize, to_host
+from rlvr_jax.files import remove_leftovers
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import init_params, param_axes
@@ -250,6 +251,7 @@ def run(job: SFTJob) -> None:
     with writing_to(config.run_dir), contextlib.ExitStack() as stack:
         stack.enter_context(job.folder)
         if main:
+            remove_leftovers(folder, "hf")
             write_record(folder, config, job.record)
         job.folder.sync()  # a place that cannot be written to is found now
         stack.enter_context(compile_cache(config.compile_cache, folder))

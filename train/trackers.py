@@ -61,7 +61,7 @@ class Tracker:
         self.name, self._told = name, False
         module = tracker_module(name)
         path = run_dir / "trackers.json"
-        known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = _known(path)
         before = known.get(name) if resume else None
         begin = _wandb if name == "wandb" else _trackio
         try:
@@ -96,6 +96,18 @@ class Tracker:
                     error,
                 )
             self._told = True
+
+
+def _known(path: Path) -> dict[str, str]:
+    """The identities in a file, by tracker; none, with a warning, where it is damaged."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(known, dict):
+            raise ValueError("not a JSON object")
+        return known
+    except ValueError as error:
+        log.warning("%s: damaged (%s); the run gets a new identity there", path, error)
+        return {}
 
 
 def open_trackers(

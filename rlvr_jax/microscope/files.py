@@ -87,7 +87,9 @@ def write_responses(folder: Path, responses: Sequence[Response]) -> None:
     """Writes responses.parquet."""
     columns = {name: [_valid(getattr(r, name)) for r in responses] for name in RESPONSE_SCHEMA.names}
     with atomic_path(folder / RESPONSES) as temporary:
-        pq.write_table(pa.table(columns, schema=RESPONSE_SCHEMA), temporary, compression="zstd")
+        pq.write_table(
+            pa.table(columns, schema=RESPONSE_SCHEMA), temporary, compression="zstd", write_page_checksum=True
+        )
 
 
 def _valid(value: Any) -> Any:
@@ -115,7 +117,10 @@ def token_table(one: ScoredResponse) -> pa.Table:
 
 def write_tokens(path: Path, tables: Iterable[pa.Table]) -> None:
     """Writes tables of tokens one after the other into one file, holding a row group at a time."""
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, TOKEN_SCHEMA, compression="zstd") as writer:
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, TOKEN_SCHEMA, compression="zstd", write_page_checksum=True) as writer,
+    ):
         waiting, rows = [], 0
         for table in tables:
             waiting.append(table)
@@ -181,7 +186,7 @@ def read_scored(folder: Path, wanted: Sequence[int]) -> list[ScoredResponse]:
     responses = read_responses(folder)
     ends = np.cumsum([r.length for r in responses])
     found = []
-    with pq.ParquetFile(folder / TOKENS) as file:
+    with pq.ParquetFile(folder / TOKENS, page_checksum_verification=True) as file:
         groups = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
         for place in wanted:
             one, end = responses[place], int(ends[place])
@@ -240,6 +245,6 @@ def _read(path: Path, columns: Sequence[str]) -> pa.Table:
         missing = [name for name in columns if name not in names]
         if missing:
             raise ValueError(f"{path}: has no column {missing[0]}; expected a file of a diagnosis")
-        return pq.read_table(path, columns=list(columns))
-    except pa.ArrowException as error:
+        return pq.read_table(path, columns=list(columns), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:  # OSError: a page whose checksum is wrong
         raise ValueError(f"{path}: not a parquet file that can be read: {error}") from error
