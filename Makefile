@@ -13,7 +13,7 @@ EXTRAS := $(EXTRAS_$(ACCELERATOR))
 PYTEST := $(BIN)/python -m pytest
 JOBS ?= 2
 
-.PHONY: help setup demo test test-slow test-parity bench-decode bench-train tpu-compiler cuda-compiler plans device-check lint clean
+.PHONY: help setup demo test test-quick test-slow test-parity bench-decode bench-train tpu-compiler cuda-compiler plans device-check lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -60,6 +60,10 @@ plans: setup tpu-compiler  ## the recipes compiled for pods (and GPUs after `mak
 
 test: setup tpu-compiler  ## the default checks (no torch needed)
 	$(PYTEST) -n $(JOBS) -m "not slow and not parity" $(ARGS)
+
+QUICK := $(patsubst %,tests/test_%.py,train_program decode_program sft_program models_hf)
+test-quick: setup  ## a few minutes of them: train, resume, decode, Hugging Face folders
+	$(PYTEST) -n $(JOBS) -m "not slow and not parity" $(QUICK) $(ARGS)
 
 test-slow: setup  ## the long checks
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -n $(JOBS) -m "slow and not parity" $(ARGS)
