@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from rlvr_jax.data.template_args import TemplateArgs
 from rlvr_jax.direction import CRITERIA
 from rlvr_jax.distributed import DistributedConfig
 from rlvr_jax.rewards.pool import RULES
@@ -124,7 +125,8 @@ class DecodeConfig:
     Attributes:
       base: Hugging Face checkpoint folder of the base model
       rl: Hugging Face checkpoint folder of the model trained from it
-      problems: problem file, .parquet or .jsonl, or "reasoning_gym:TASK,...?size=500&seed=1" (with that grader)
+      problems: problem file, .parquet or .jsonl, a folder or pattern of such files, "hf://datasets/OWNER/NAME/PATH", or
+        "reasoning_gym:TASK,...?size=500&seed=1" (with that grader)
       out: folder of the results; an earlier run in it is resumed
       setting: the one setting of the run, where neither settings nor grid is given
       settings: settings run in turn with the same loaded models (a Python config file lists them)
@@ -141,7 +143,10 @@ class DecodeConfig:
       memory: GiB a device for weights and caches; default: what the device has
       cache_dtype: model: that of the weights; int8: half the memory of bfloat16, log-probabilities differ a little
       block: tokens drafted before the other model scores them; default: chosen as the run goes. No token depends on it
+      prompt_column: column of the prompt in problems; default: prompt, problem, question or messages
+      answer_column: column of the answer; default: reward_model.ground_truth, answer, ground_truth, solution's last box
       prompt_suffix: appended to the stripped user turn
+      template_args: arguments of the chat template, such as enable_thinking=false
       tokenizer: folder of the tokenizer and chat template; default: rl where given, else base
       stop_token_ids: end of a response; default: those of the tokenizer and of the models' generation_config.json
       graders: math_verify (last boxed answer), dapo_answer (last "Answer:" line), reasoning_gym (of its problems), or
@@ -178,7 +183,10 @@ class DecodeConfig:
     memory: float | None = None
     cache_dtype: Literal["model", "int8"] = "model"
     block: int | None = None
+    prompt_column: str = ""
+    answer_column: str = ""
     prompt_suffix: str = ""
+    template_args: TemplateArgs = dataclasses.field(default_factory=dict)
     tokenizer: str | None = None
     stop_token_ids: tuple[int, ...] = ()
     graders: tuple[str, ...] = ("math_verify",)

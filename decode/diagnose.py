@@ -29,6 +29,7 @@ from decode.inputs import check_vocabularies, model_folder, of_pair
 from decode.parts import part_names, read_part, write_part
 from decode.progress import DecodeProgress
 from decode.results import RowLog, check_same, with_whole_paths
+from rlvr_jax.data.template_args import check_template_args
 from rlvr_jax.data.text import Tokenizer, decode_ids, load_tokenizer, token_pieces
 from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.distributed import refuse_several
@@ -95,7 +96,8 @@ def checked(config: DiagnoseConfig) -> Job:
     inputs = of_pair(folders, tokenizer, tokenizer_folder)
     given = None
     if config.responses:
-        given = read_given(config.responses, tokenizer, config.limit)
+        check_template_args(tokenizer, config.template_args)
+        given = read_given(config.responses, tokenizer, config.limit, **config.template_args)
         check_given(given, models)
         inputs["responses"] = fingerprint(given)
     with RunFolder(config.out).taken() as folder:

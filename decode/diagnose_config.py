@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from decode.config import MeshConfig
+from rlvr_jax.data.template_args import TemplateArgs
 
 FREE_TO_CHANGE = (
     *("out", "findings", "page", "mesh", "batch_tokens", "chunk", "slots", "memory"),
@@ -66,7 +67,9 @@ class DiagnoseConfig:
       top_p: nucleus of the decoding; below 1 the mean of dlogp on rl's responses may be negative (problems)
       max_new_tokens: longest response, in tokens (problems)
       max_prompt_tokens: longest prompt allowed, in tokens (problems)
+      prompt_column, answer_column: columns of the problem file, as in python -m decode (problems)
       prompt_suffix: appended to the stripped user turn (problems)
+      template_args: arguments of the chat template, such as enable_thinking=false
       stop_token_ids: end of a response; default: those of the tokenizer and the models (problems)
       graders: as in python -m decode; the first decides what is correct (problems)
       grader_workers: grading processes for each grader (problems)
@@ -100,7 +103,10 @@ class DiagnoseConfig:
     top_p: float = 1.0
     max_new_tokens: int = 8_192
     max_prompt_tokens: int | None = None
+    prompt_column: str = ""
+    answer_column: str = ""
     prompt_suffix: str = ""
+    template_args: TemplateArgs = dataclasses.field(default_factory=dict)
     stop_token_ids: tuple[int, ...] = ()
     graders: tuple[str, ...] = ("math_verify",)
     grader_workers: int = 2

@@ -50,19 +50,21 @@ class _Read(NamedTuple):
     source: str
 
 
-def read_given(paths: Sequence[str], tokenizer: Tokenizer, limit: int | None = None) -> list[Given]:
+def read_given(
+    paths: Sequence[str], tokenizer: Tokenizer, limit: int | None = None, **template_arguments: Any
+) -> list[Given]:
     """The responses of all files, sorted by problem, sample and source.
 
     A response without a problem number belongs to the problem of its prompt; one without a sample number is the next of
     its problem and source. Text is tokenized as it stands; token ids are taken where the file has them, or where a
-    decoding run's tokens.parquet lies beside it.
+    decoding run's tokens.parquet lies beside it. The chat template renders what the file has as messages.
 
     Raises:
       ValueError: one sentence naming the file and the row.
     """
     found = []
     for path in paths:
-        rows = list(_read_file(Path(local(path)), tokenizer))
+        rows = list(_read_file(Path(local(path)), tokenizer, template_arguments))
         if not rows:
             raise ValueError(f"{path}: no responses in this file")
         found += rows[:limit]
@@ -117,7 +119,7 @@ def fingerprint(given: Sequence[Given]) -> str:
     return digest.hexdigest()
 
 
-def _read_file(path: Path, tokenizer: Tokenizer) -> Iterator[_Read]:
+def _read_file(path: Path, tokenizer: Tokenizer, template_arguments: Mapping[str, Any]) -> Iterator[_Read]:
     if path.name.endswith(".rows.jsonl"):  # which has no prompts; the file that is assembled from it has
         path = path.with_name(path.name.removesuffix(".rows.jsonl") + ".json")
         if not path.is_file():
@@ -133,7 +135,7 @@ def _read_file(path: Path, tokenizer: Tokenizer) -> Iterator[_Read]:
             yield from _published(path, content)
             return
     for number, row in read_rows(path, KEYS):
-        yield _row(f"{path} row {number}", row, tokenizer)
+        yield _row(f"{path} row {number}", row, tokenizer, template_arguments)
 
 
 def _published(path: Path, content: list[Any]) -> Iterator[_Read]:
@@ -182,9 +184,9 @@ def _token_ids(path: Path) -> dict[tuple[int, int], list[int]]:
     return {(row["problem"], row["sample"]): row["tokens"] for row in table.to_pylist()}
 
 
-def _row(where: str, row: Mapping[str, Any], tokenizer: Tokenizer) -> _Read:
+def _row(where: str, row: Mapping[str, Any], tokenizer: Tokenizer, template_arguments: Mapping[str, Any]) -> _Read:
     if "messages" in row:
-        prompt = render_chat(tokenizer, row["messages"])
+        prompt = render_chat(tokenizer, row["messages"], **template_arguments)
     elif isinstance(row.get("prompt"), str):
         prompt = row["prompt"]
     else:

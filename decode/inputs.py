@@ -12,6 +12,7 @@ from rlvr_jax.data.problems import Problem
 from rlvr_jax.data.shards import data_files
 from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.data.tasks import is_tasks
+from rlvr_jax.data.template_args import check_template_args
 from rlvr_jax.data.text import Tokenizer, encode_text, load_tokenizer, render_chat, stop_token_ids
 from rlvr_jax.fingerprint import of_file, of_model, of_tokenizer, of_values
 from rlvr_jax.models.config import QwenConfig
@@ -61,7 +62,8 @@ def read_inputs(config: DecodeConfig) -> Inputs:
     tokenizer = load_tokenizer(tokenizer_folder)
     models = check_vocabularies(models, folders, tokenizer, tokenizer_folder)
     problems = _read_problems(config)
-    texts = [render_chat(tokenizer, problem.messages) for problem in problems]
+    check_template_args(tokenizer, config.template_args)
+    texts = [render_chat(tokenizer, problem.messages, **config.template_args) for problem in problems]
     prompts = [encode_text(tokenizer, text) for text in texts]
     _check_lengths(config, models, problems, prompts)
     fingerprints = {"problem file": _hash_problems(config.problems, problems)}
@@ -81,7 +83,12 @@ def read_inputs(config: DecodeConfig) -> Inputs:
 def _read_problems(config: DecodeConfig) -> list[Problem]:
     """Each problem once: published files repeat a row for every sample wanted, here n and the seeds say that."""
     first: dict[str, Problem] = {}
-    for problem in load_problems(config.problems, prompt_suffix=config.prompt_suffix):
+    for problem in load_problems(
+        config.problems,
+        prompt_suffix=config.prompt_suffix,
+        prompt_column=config.prompt_column,
+        answer_column=config.answer_column,
+    ):
         first.setdefault(problem.id, problem)
     return list(first.values())[: config.limit]
 

@@ -41,6 +41,8 @@ CONTENT = {
     "responses": ("responses",),  # of a diagnosis
 }
 RESULTS = ("*/seed*.rows.jsonl", "tokens.parquet", "parts/*.parquet")  # of a run or a diagnosis, in its folder
+# Keys that the results of older versions lack, with the value that they stand for.
+YOUNGER = {"template_args": {}, "prompt_column": "", "answer_column": ""}
 MARKS = ("role", "control_of")  # say what a setting is there for; no response depends on them
 
 
@@ -257,6 +259,8 @@ def check_same(folder: Path, now: Mapping[str, Any], free: Collection[str], inpu
                 "run; give another --out"
             )
         before = {}
+    else:
+        before = YOUNGER | before
     content = read_json(folder / "inputs.json")
     moved = {key for key, names in CONTENT.items() if all(name in content and name in inputs for name in names)}
     for key in sorted(before.keys() & now.keys() - set(free) - moved):

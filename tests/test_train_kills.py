@@ -144,7 +144,7 @@ def test_a_generation_batch_that_was_finished_is_not_decoded_again(place, monkey
     decoded = []
     call = loop.Decoder.__call__
     monkeypatch.setattr(loop.Decoder, "__call__", lambda self, *a, **k: decoded.append(k["n"]) or call(self, *a, **k))
-    run(prepare([*flags, "--eval.every", "0", "--log.profile-step", "1"]))
+    run(prepare([*flags, "--data.val", "None", "--log.profile-step", "1"]))
     assert decoded == []
     assert list((place / "spooled" / "profile").rglob("*.xplane.pb"))
     assert json.loads((place / "spooled" / "metrics.jsonl").read_text().splitlines()[-1])["trainer_steps"] == 1

@@ -258,7 +258,7 @@ def test_the_microscope_sees_the_step_s_rollouts_with_both_policies(place, whole
 
 
 def test_a_reward_of_ones_own_may_be_a_number(place):
-    changes = {"steps": 1, "reward__rule": "tests.tiny_rules:marks", "eval__every": 0, "reward__memory_mb": 512}
+    changes = {"steps": 1, "reward__rule": "tests.tiny_rules:marks", "data__val": None, "reward__memory_mb": 512}
     (record,) = train(place, place / "marks", **changes)
     rows = rows_of(place / "marks" / "rollouts" / "step_000001.jsonl")
     for row in rows:
@@ -326,7 +326,7 @@ def test_epochs_masks_and_the_reference_model(place):
             "algorithm__mini_batch": 2,
             "algorithm__reweight__kind": "current_linear",
             "algorithm__loss_mask__kind": "ends_delta_logp",
-            "eval__every": 0,
+            "data__val": None,
             "optim__warmup": 0,
             "log__rollouts": 1,
             "checkpoint__export_every": 1,
@@ -366,7 +366,7 @@ def test_no_group_that_varies_is_one_sentence_and_exit_code_1(place, monkeypatch
 
 def test_three_updates_in_a_row_that_are_not_finite_end_the_run_with_their_batch(place, monkeypatch, capsys):
     """Two in the first trainer step; the third after a resume, since the checkpoint has the count."""
-    changes = {"optim__lr": 1e30, "optim__warmup": 0, "eval__every": 0, "algorithm__dynamic_sampling": False}
+    changes = {"optim__lr": 1e30, "optim__warmup": 0, "data__val": None, "algorithm__dynamic_sampling": False}
     folder = place / "blown"
     code, err = program(place, folder, monkeypatch, capsys, steps=1, **changes)
     assert code == 0, err

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from rlvr_jax.sharding import make_mesh
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokenizer, write_tiny_problems
 from train import config as c
 from train.evaluate import evaluate
-from train.loop import run
+from train.loop import _Run, run
 from train.prepare import prepare
 from train.rollout import Collector, Decoder, Group, eval_seed, rollout_seed
 from train.trainer import Trainer
@@ -274,7 +275,7 @@ def test_a_finished_run_ends_at_once_and_other_data_are_refused(tmp_path):
     tiny_checkpoint(tmp_path / "model", hidden_size=16, num_layers=1)
     write_tiny_problems(tmp_path / "train.jsonl", 20)
     folder = tmp_path / "run"
-    changes = {"eval__every": 0, "algorithm__dynamic_sampling": False, "optim__warmup": 0}
+    changes = {"data__val": None, "algorithm__dynamic_sampling": False, "optim__warmup": 0}
     run(prepare(arguments(tmp_path, folder, steps=3, **changes)))
     files = [folder / "metrics.jsonl", folder / "hf" / "model.safetensors"]
     before = [file.read_bytes() for file in files], sorted((folder / "checkpoints").iterdir())
@@ -302,11 +303,15 @@ def test_an_sft_step_is_the_written_formula(tmp_path):
     with jax.set_mesh(job.mesh):
         before = jax.device_get(sft.initial_params(job))
     rows = next(prompt_batches(range(10), 8, config.seed))
-    tokens, mask = job.tokens_NT[rows], job.loss_mask_NT[rows]
+    chats = [job.conversations[i] for i in rows]
+    longest = max(len(chat.tokens) for chat in chats)
+    tokens = np.stack([np.pad(chat.tokens, (0, longest - len(chat.tokens))) for chat in chats])
+    present = np.arange(longest) < np.array([[len(chat.tokens)] for chat in chats])
+    learnt = present & (np.arange(longest) >= np.array([[chat.context] for chat in chats]))
 
     def loss(params):
-        chosen = full_logprobs(job.model_config, params, tokens, mask >= 0)[1]
-        return -jnp.sum(jnp.where(mask[:, 1:] > 0, chosen, 0)) / (mask > 0).sum()
+        chosen = full_logprobs(job.model_config, params, tokens, present)[1]
+        return -jnp.sum(jnp.where(learnt[:, 1:], chosen, 0)) / learnt.sum()
 
     sft.run(job)
     after = load_hf(tmp_path / "one" / "hf", dtype=jnp.float32)[1]
@@ -319,18 +324,37 @@ def test_an_sft_step_is_the_written_formula(tmp_path):
 def test_sft_ends_for_an_update_that_was_not_finite_between_records(tmp_path, monkeypatch):
     job = sft.check(sft_config(tmp_path, steps=3, log_every=3, run_dir=str(tmp_path / "bad")))
     batches = prompt_batches(range(10), 8, 0)
-    places = np.arange(job.tokens_NT[:8].size).reshape(8, -1)
-    marks = [int((job.tokens_NT[next(batches)] * places).sum()) for _ in range(3)]
+    marks = [sum(int(job.conversations[i].tokens.sum()) for i in next(batches)) for _ in range(3)]
     assert len(set(marks)) == 3
     make_loss = sft.make_loss
 
     def broken(chunk):
         def loss(apply, params, batch):
             (total, weight), metrics = make_loss(chunk)(apply, params, batch)
-            return (total * jnp.where((batch["tokens_BT"] * places).sum() == marks[1], jnp.nan, 1), weight), metrics
+            return (total * jnp.where(batch["tokens_BT"].sum() == marks[1], jnp.nan, 1), weight), metrics
 
         return loss
 
     monkeypatch.setattr(sft, "make_loss", broken)
     with pytest.raises(RunError, match=r"step 3: .* not finite in 1 steps since the last record \(loss now \d"):
         sft.run(job)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, [0, 5]), (1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (7, [0, 5])])
+def test_the_first_and_the_last_model_are_evaluated_whatever_is_between(every, expected):
+    evaluated = []
+
+    class Stub:
+        config = c.Config(eval=c.EvalConfig(every=every), checkpoint=c.CheckpointConfig(every=0))
+        checkpoints = SimpleNamespace(check=lambda: None, latest=5)
+        trainer_steps, evaluated = 0, None
+
+        def _evaluate(self):
+            evaluated.append(self.trainer_steps)
+            self.evaluated = self.trainer_steps
+
+    run = Stub()
+    for run.trainer_steps in range(6):
+        _Run._after_step(run, last=run.trainer_steps == 5)
+    _Run._after_step(run, last=True)
+    assert evaluated == expected

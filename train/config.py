@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from rlvr_jax.data.template_args import TemplateArgs
 from rlvr_jax.distributed import DistributedConfig
 
 
@@ -26,10 +27,17 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    train: str = ""
-    """Training problems: parquet in the published schema, JSONL, or "reasoning_gym:TASK,...?size=500&seed=1"."""
-    val: str | None = None
-    """Validation problems; None: no evaluation."""
+    train: str | tuple[str, ...] = ""
+    """Training problems: parquet in the published schema, JSONL, or "reasoning_gym:TASK,...?size=500&seed=1". Also a
+    folder of such files, a pattern, several of them, or "hf://datasets/OWNER/NAME/PATH" on the Hugging Face hub."""
+    val: str | tuple[str, ...] | None = None
+    """Validation problems, in the same forms; None: no evaluation."""
+    prompt_column: str = ""
+    """Column of the prompt, in train and val; a.b is b inside of a. Empty: prompt, problem, question or messages."""
+    answer_column: str = ""
+    """Column of the answer; empty: reward_model.ground_truth, answer, ground_truth, or the last box of solution."""
+    template_args: TemplateArgs = dataclasses.field(default_factory=dict)
+    """Arguments of the chat template, such as enable_thinking=false; in a recipe a dict."""
     deduplicate: bool = False
     """Keep one training row of each problem id. The 1.8 million rows of DAPO-Math-17k are 17 thousand problems, each
     about 100 times, by accident. The published runs read the file as it is, so their one epoch is 100 passes: with
@@ -185,7 +193,8 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     every: int = 5
-    """Trainer steps between evaluations; 0: none. The first and the last model are evaluated too."""
+    """Trainer steps between evaluations; 0: none in between. The first and the last model are evaluated in any case,
+    if there are validation problems (data.val)."""
     n: int = 32
     """Responses a problem."""
     pass_k: tuple[int, ...] = (1, 4, 16)

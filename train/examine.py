@@ -1,6 +1,7 @@
 """The checks of a dry run: everything about a run that can be found out without a device and without its weights."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,7 +10,9 @@ from jax.sharding import AbstractMesh
 
 from rlvr_jax.data.problems import Problem
 from rlvr_jax.data.prompts import PromptSet
+from rlvr_jax.data.shards import Source
 from rlvr_jax.data.sources import check_source
+from rlvr_jax.data.template_args import check_template_args
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf_folder import count_weights
@@ -65,9 +68,13 @@ def examine(config: Config) -> Found:
         options["max_position_embeddings"] = config.model.max_position_embeddings
     mesh = checks.attempt("mesh", lambda: _mesh(config, check_rows=not faults), lambda x: _mesh_says(x, config))
     folder, model, tokenizer = _examine_model(checks, config.model.path, options)
+    arguments = config.data.template_args
+    if arguments and tokenizer is not None:
+        check_arguments = partial(check_template_args, tokenizer, arguments, key="data.template_args")
+        tokenizer = checks.attempt("data.template_args", check_arguments, lambda _: ", ".join(arguments))
     train = _examine_data(checks, config, tokenizer, "data.train", training_problems)
     val = _Rows(0, 0)
-    if config.data.val is not None and config.eval.every:
+    if config.data.val is not None:
         val = _examine_data(checks, config, tokenizer, "data.val", validation_problems)
     longest = max(train.longest or 0, val.longest or 0)
     if folder is None or model is None or tokenizer is None or train.longest is None or val.longest is None:
@@ -229,7 +236,7 @@ def _tokenizer(path: str, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _problems(config: Config, path: str, read: Callable[[Config], list[Problem] | None]) -> list[Problem]:
+def _problems(config: Config, path: Source, read: Callable[[Config], list[Problem] | None]) -> list[Problem]:
     check_source(path, rule=config.reward.rule, unsafe_evaluation=config.reward.unsafe_evaluation)
     return read(config) or []
 

@@ -246,7 +246,8 @@ class _Run:
         """Evaluation, checkpoint and export, where they are due and not made yet."""
         config, step = self.config, self.trainer_steps
         self.checkpoints.check()
-        if config.eval.every and (last or step % config.eval.every == 0) and self.evaluated != step:
+        every = config.eval.every
+        if (last or step == 0 or (every and step % every == 0)) and self.evaluated != step:
             self._evaluate()
         every = config.checkpoint.every
         if (last or (every and step and step % every == 0)) and self.checkpoints.latest != step:

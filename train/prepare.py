@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from rlvr_jax.data.problems import Problem
 from rlvr_jax.data.prompts import PromptSet, tokenize_prompts
+from rlvr_jax.data.shards import names
 from rlvr_jax.data.sources import check_source, load_problems
+from rlvr_jax.data.template_args import check_template_args
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.distributed import cluster, identity, initialize
@@ -84,12 +86,13 @@ def check(config: Config) -> Job:
     place = run_folder(config.run_dir)
     for name in config.log.trackers:
         tracker_module(name)
-    for source in filter(None, (config.data.train, config.data.val if config.eval.every else None)):
+    for source in filter(None, (config.data.train, config.data.val)):
         check_source(  # before a model is downloaded
             source, rule=config.reward.rule, unsafe_evaluation=config.reward.unsafe_evaluation
         )
     folder = model_folder(config.model.path)
     tokenizer = load_tokenizer(folder)
+    check_template_args(tokenizer, config.data.template_args, key="data.template_args")
     train = tokenized(config, tokenizer, training_problems(config))
     problems = validation_problems(config)
     val = None if problems is None else tokenized(config, tokenizer, problems)
@@ -152,19 +155,24 @@ def check(config: Config) -> Job:
 def training_problems(config: Config) -> list[Problem]:
     """The rows of data.train that the run trains on."""
     repeats = "by_id" if config.data.deduplicate else "none"
-    return load_problems(config.data.train, prompt_suffix=config.data.prompt_suffix, deduplicate=repeats)
+    return load_problems(config.data.train, deduplicate=repeats, **_reading(config))
 
 
 def validation_problems(config: Config) -> list[Problem] | None:
     """The distinct problems of data.val; None where nothing is evaluated."""
-    if config.data.val is None or not config.eval.every:
-        return None
-    return distinct(load_problems(config.data.val, prompt_suffix=config.data.prompt_suffix))
+    return None if config.data.val is None else distinct(load_problems(config.data.val, **_reading(config)))
+
+
+def _reading(config: Config) -> dict[str, Any]:
+    return {name: getattr(config.data, name) for name in ("prompt_suffix", "prompt_column", "answer_column")}
 
 
 def tokenized(config: Config, tokenizer: Tokenizer, problems: list[Problem]) -> PromptSet:
     """The prompts of problems as the run wants them."""
-    return tokenize_prompts(tokenizer, problems, max_tokens=config.data.max_prompt, overlong=config.data.too_long)
+    data = config.data
+    return tokenize_prompts(
+        tokenizer, problems, max_tokens=data.max_prompt, overlong=data.too_long, **data.template_args
+    )
 
 
 def check_values(config: Config) -> None:
@@ -381,7 +389,7 @@ def try_rule(config: Config, problems: Sequence[Problem]) -> None:
         graded = pool.grade(rule, *map(list, zip(*tries, strict=True)))
     failed = [verdict.error for verdict in graded if verdict.error] if rule == "reasoning_gym" else []
     if failed:
-        raise ValueError(f"data.train={config.data.train}: its problems cannot be graded: {failed[0]}")
+        raise ValueError(f"data.train={names(config.data.train)}: its problems cannot be graded: {failed[0]}")
 
 
 def _text(problem: Problem) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ from rich.console import Console
 
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.prompts import prompt_batches
+from rlvr_jax.data.shards import data_files
+from rlvr_jax.data.template_args import TemplateArgs, check_template_args
 from rlvr_jax.data.text import Tokenizer, load_tokenizer
 from rlvr_jax.distributed import DistributedConfig, cluster, identity, initialize, to_host
 from rlvr_jax.files import remove_leftovers
@@ -92,8 +94,11 @@ class SFTConfig:
     """Instead of it: a config.json (or its folder) to start from random weights."""
     tokenizer: str = ""
     """Folder of the tokenizer; empty: the model's."""
-    data: str = ""
-    """Conversations: parquet or JSONL with `messages`, or `prompt` and `response`."""
+    data: str | tuple[str, ...] = ""
+    """Conversations: parquet or JSONL with `messages`, or `prompt` and `response`. Also a folder of such files, a
+    pattern, several of them, or "hf://datasets/OWNER/NAME/PATH" on the Hugging Face hub."""
+    template_args: TemplateArgs = dataclasses.field(default_factory=dict)
+    """Arguments of the chat template, such as enable_thinking=false; in a recipe a dict."""
     run_dir: str = "runs/sft"
     """Where everything goes. A run continues from its newest checkpoint there."""
     compile_cache: str | None = "auto"
@@ -181,11 +186,11 @@ def check(config: SFTConfig) -> SFTJob:
     check_values(config)
     cluster().phase("prepare")
     run_place = run_folder(config.run_dir)
-    if not Path(local(config.data)).is_file():  # before a model is downloaded
-        raise ValueError(f"{config.data}: no such file")
+    data_files(config.data)  # before a model is downloaded
     folder = model_folder(config.model) if config.model else None
     tokenizer = load_tokenizer(config.tokenizer or str(folder))
-    conversations = encode(tokenizer, config.data, config.max_tokens)
+    check_template_args(tokenizer, config.template_args)
+    conversations = encode(tokenizer, config.data, config.max_tokens, **config.template_args)
     model_config = read_model_config(
         folder or Path(local(config.init_config)),
         tokenizer,

@@ -1,10 +1,10 @@
-"""Where problems come from: a file, or reasoning-gym tasks by name."""
+"""Where problems come from: files, or reasoning-gym tasks by name."""
 
 import logging
 from typing import Literal
 
 from rlvr_jax.data.problems import Problem, read_problems
-from rlvr_jax.data.shards import data_files
+from rlvr_jax.data.shards import Source, data_files, names
 from rlvr_jax.data.tasks import check_tasks, is_tasks, read_tasks
 from rlvr_jax.rewards import rules, sandbox
 from rlvr_jax.rewards.pool import RULES
@@ -12,7 +12,7 @@ from rlvr_jax.rewards.pool import RULES
 log = logging.getLogger(__name__)
 
 
-def check_source(source: str, *, rule: str, unsafe_evaluation: bool = False) -> None:
+def check_source(source: Source, *, rule: str, unsafe_evaluation: bool = False) -> None:
     """What can be said in no time of a source whose responses are to be graded by `rule`.
 
     Raises:
@@ -22,13 +22,13 @@ def check_source(source: str, *, rule: str, unsafe_evaluation: bool = False) -> 
     """
     if rule in RULES and (rule == "reasoning_gym") != is_tasks(source):
         raise ValueError(
-            f"rule {rule!r} for the problems of {source}: expected 'reasoning_gym' for those of reasoning_gym:TASK, "
-            "since it alone reads their answers, and for them alone"
+            f"rule {rule!r} for the problems of {names(source)}: expected 'reasoning_gym' for those of "
+            "reasoning_gym:TASK, since it alone reads their answers, and for them alone"
         )
     if is_tasks(source):
-        tasks = [task for task, _ in check_tasks(source)]
+        tasks = [task for task, _ in check_tasks(str(source))]
         if rule == "reasoning_gym" and (missing := sandbox.unavailable()) is not None:
-            _check_evaluation(source, tasks, missing, unsafe_evaluation)
+            _check_evaluation(str(source), tasks, missing, unsafe_evaluation)
     else:
         data_files(source)
 
@@ -46,13 +46,24 @@ def _check_evaluation(source: str, tasks: list[str], missing: str, unsafe_evalua
 
 
 def load_problems(
-    source: str, *, prompt_suffix: str = "", deduplicate: Literal["none", "by_id"] = "none"
+    source: Source,
+    *,
+    prompt_suffix: str = "",
+    deduplicate: Literal["none", "by_id"] = "none",
+    prompt_column: str = "",
+    answer_column: str = "",
 ) -> list[Problem]:
-    """`read_problems` of a file, or `read_tasks` of "reasoning_gym:..." (whose problems are all different).
+    """`read_problems` of files, or `read_tasks` of "reasoning_gym:..." (whose problems are all different).
 
     Raises:
         ValueError: as these two.
     """
     if is_tasks(source):
-        return read_tasks(source, prompt_suffix=prompt_suffix)
-    return read_problems(source, prompt_suffix=prompt_suffix, deduplicate=deduplicate)
+        return read_tasks(str(source), prompt_suffix=prompt_suffix)
+    return read_problems(
+        source,
+        prompt_suffix=prompt_suffix,
+        deduplicate=deduplicate,
+        prompt_column=prompt_column,
+        answer_column=answer_column,
+    )

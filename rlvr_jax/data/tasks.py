@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from rlvr_jax.data.problems import Problem
+from rlvr_jax.data.shards import Source
 
 PREFIX = "reasoning_gym:"
 SUFFIX = "\nReason step by step, then give the final answer alone between <answer> and </answer>."
@@ -20,9 +21,9 @@ _SCRIPT = Path(__file__).with_name("gym_entries.py")
 DEFAULTS = {"size": 500, "seed": 0}  # reasoning-gym draws a seed where none is given
 
 
-def is_tasks(source: str) -> bool:
+def is_tasks(source: Source) -> bool:
     """Whether a source of problems names reasoning-gym tasks."""
-    return source.startswith(PREFIX)
+    return isinstance(source, str) and source.startswith(PREFIX)
 
 
 def read_tasks(source: str, *, prompt_suffix: str = "") -> list[Problem]:
