@@ -24,12 +24,10 @@ from train.prepare import (
     check_shards,
     micro_rows,
     read_model_config,
-    tokenized,
-    training_problems,
     try_rule,
-    validation_problems,
     value_faults,
 )
+from train.problems import tokenized, training_problems, validation_problems
 from train.resume import run_folder
 
 T = TypeVar("T")

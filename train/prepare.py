@@ -11,9 +11,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from rlvr_jax.data.problems import Problem
-from rlvr_jax.data.prompts import PromptSet, tokenize_prompts
+from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.data.shards import names
-from rlvr_jax.data.sources import check_source, load_problems
+from rlvr_jax.data.sources import check_source
 from rlvr_jax.data.template_args import check_template_args
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.decode_layout import decode_mesh
@@ -31,7 +31,7 @@ from rlvr_jax.rewards.pool import RULES, GraderPool
 from rlvr_jax.run_folder import RunFolder
 from rlvr_jax.sharding import make_mesh
 from train.config import MAY_CHANGE, Config, MeshConfig
-from train.evaluate import distinct
+from train.problems import tokenized, training_problems, validation_problems
 from train.resume import resumable, run_folder
 from train.same_run import model_inputs, record_of
 from train.trackers import tracker_module
@@ -149,29 +149,6 @@ def check(config: Config) -> Job:
         record=record,
         resume_from=resume_from,
         folder=place,
-    )
-
-
-def training_problems(config: Config) -> list[Problem]:
-    """The rows of data.train that the run trains on."""
-    repeats = "by_id" if config.data.deduplicate else "none"
-    return load_problems(config.data.train, deduplicate=repeats, **_reading(config))
-
-
-def validation_problems(config: Config) -> list[Problem] | None:
-    """The distinct problems of data.val; None where nothing is evaluated."""
-    return None if config.data.val is None else distinct(load_problems(config.data.val, **_reading(config)))
-
-
-def _reading(config: Config) -> dict[str, Any]:
-    return {name: getattr(config.data, name) for name in ("prompt_suffix", "prompt_column", "answer_column")}
-
-
-def tokenized(config: Config, tokenizer: Tokenizer, problems: list[Problem]) -> PromptSet:
-    """The prompts of problems as the run wants them."""
-    data = config.data
-    return tokenize_prompts(
-        tokenizer, problems, max_tokens=data.max_prompt, overlong=data.too_long, **data.template_args
     )
 
 
