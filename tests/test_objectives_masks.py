@@ -1,4 +1,4 @@
-"""Token masks: counts and places on hand cases, ranks that meet no rounding, what a mask hides."""
+"""Token masks: hand cases, ties at the thresholds, ranks that meet no rounding, what a mask hides."""
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +26,20 @@ def run(request):
 
 
 def reference(kind, q, mask=MASK, old=OLD, ref=REF, entropy=ENTROPY):
-    """By sorting a list of (value, position); q n taken with a hair's tolerance."""
+    """By thresholds from a sorted list; q n taken with a hair's tolerance."""
     places = [tuple(i) for i in np.argwhere(mask > 0)]
     n = len(places)
     value = {"entropy": entropy, "delta": np.float64(old) - np.float64(ref), "logp": old}
     value = value["entropy" if "entropy" in kind else "delta" if "delta" in kind else "logp"]
-    ordered = sorted(places, key=lambda i: (value[i], i))
-    cut, low = int(q * n + 1e-9), int((1 - q) * n + 1e-9)
+    ordered = sorted(value[i] for i in places)
+    low, high = (ordered[max(int(part * n + 1e-9), 1) - 1] for part in (1 - q, q))
     p = np.exp(np.float64(old))
     kept = {
         "all": places,
-        "lowest": ordered[:cut],
-        "highest": ordered[cut:],
-        "middle": ordered[low:cut],
-        "ends": ordered[:low] + ordered[cut:],
+        "lowest": [i for i in places if value[i] <= high],
+        "highest": [i for i in places if value[i] >= high],
+        "middle": [i for i in places if low <= value[i] <= high],
+        "ends": [i for i in places if value[i] <= low or value[i] >= high],
         "prob_below": [i for i in places if p[i] <= q + 1e-6],
         "prob_between": [i for i in places if 1 - q - 1e-6 <= p[i] <= q + 1e-6],
     }[kind if kind.startswith(("prob", "all")) else kind.split("_")[0]]
@@ -54,14 +54,14 @@ def reference(kind, q, mask=MASK, old=OLD, ref=REF, entropy=ENTROPY):
     [
         ("all", 0.5, MASK),
         ("lowest_logp", 1 / 3, [[0, 1, 0, 0, 0], [1, 0, 0, 1, 0]]),
-        ("highest_logp", 2 / 3, [[1, 0, 0, 1, 0], [0, 0, 1, 0, 0]]),
+        ("highest_logp", 2 / 3, [[1, 0, 0, 1, 0], [0, 1, 1, 0, 0]]),
         ("prob_below", 0.35, [[0, 1, 0, 0, 0], [1, 0, 0, 1, 0]]),
         ("prob_between", 0.65, [[0, 0, 1, 0, 0], [0, 1, 0, 0, 1]]),
-        ("highest_entropy", 0.8, [[0, 1, 0, 1, 0], [0, 0, 0, 0, 0]]),
+        ("highest_entropy", 0.8, [[0, 1, 0, 1, 0], [0, 1, 0, 0, 0]]),
         ("lowest_delta_logp", 0.25, [[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]),
-        ("highest_delta_logp", 7 / 9, [[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]),
-        ("middle_delta_logp", 2 / 3, [[0, 0, 0, 1, 0], [1, 1, 0, 0, 0]]),
-        ("ends_delta_logp", 2 / 3, [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]),
+        ("highest_delta_logp", 7 / 9, [[0, 0, 0, 0, 0], [0, 0, 1, 1, 1]]),
+        ("middle_delta_logp", 2 / 3, [[0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]),
+        ("ends_delta_logp", 2 / 3, [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]),
     ],
 )
 def test_hand_case(run, kind, quantile, expected):
@@ -98,13 +98,13 @@ def test_ranks_lose_nothing_to_rounding(run):
     arrays = {"old_logp_BT": values, "ref_logp_BT": np.zeros_like(values), "entropy_BT": values}
     assert run("lowest_logp", 0.29, hundred, **arrays).sum() == 29
     ends = run("ends_delta_logp", 0.8, hundred[:, :10], **{name: x[:, :10] for name, x in arrays.items()})
-    np.testing.assert_array_equal(ends, [[1, 1, 0, 0, 0, 0, 0, 0, 1, 1]])
+    np.testing.assert_array_equal(ends, [[1, 1, 0, 0, 0, 0, 0, 1, 1, 1]])
 
 
 def test_traced_quantile():
     values = np.arange(100, dtype=np.float32)[None] / 100 - 2
     keep = jax.jit(lambda q: token_mask("lowest_logp", np.ones((1, 100), np.float32), quantile=q, old_logp_BT=values))
-    assert [int(keep(percent / 100).sum()) for percent in range(101)] == list(range(101))
+    assert [int(keep(percent / 100).sum()) for percent in range(101)] == [1, *range(1, 101)]
     assert keep(0.295).sum() == 29
 
 
@@ -116,16 +116,41 @@ def test_ranks_of_a_large_batch_are_exact_integers():
     assert _rank_at(jnp.asarray(count), 0.2999) == count * 2999 // 10_000
 
 
-def test_ties_go_by_reading_order(run):
+BY_QUANTILE = [kind for kind in TOKEN_MASKS if kind != "all" and not kind.startswith("prob")]
+
+
+def test_equal_values_share_one_fate(run):
+    """Values 0, 0, 0, -1, -2, 0: half of six tokens is the third smallest, one of the four zeros."""
     mask = np.array([[1, 0, 1, 1], [1, 1, 0, 1]], np.float32)
-    flat = np.zeros((2, 4), np.float32)
-    np.testing.assert_array_equal(
-        run("lowest_logp", 0.5, mask, old_logp_BT=flat, ref_logp_BT=None, entropy_BT=None), [[1, 0, 1, 1], [0, 0, 0, 0]]
-    )
-    np.testing.assert_array_equal(
-        run("highest_logp", 0.5, mask, old_logp_BT=flat, ref_logp_BT=None, entropy_BT=None),
-        [[0, 0, 0, 0], [1, 1, 0, 1]],
-    )
+    logp = np.array([[0, 9, 0, 0], [-1, -2, 9, 0]], np.float32)
+    arrays = {"old_logp_BT": logp, "ref_logp_BT": np.zeros_like(logp), "entropy_BT": logp}
+    zeros = np.where(logp == 0, mask, 0)
+    expected = {"lowest": mask, "highest": zeros, "middle": zeros, "ends": mask}
+    for kind in BY_QUANTILE:
+        np.testing.assert_array_equal(run(kind, 0.5, mask, **arrays), expected[kind.split("_")[0]], err_msg=kind)
+    for quantile in (0.0, 0.3, 1.0):
+        flat = {name: np.zeros_like(logp) for name in arrays}
+        np.testing.assert_array_equal(run("lowest_logp", quantile, mask, **flat), mask)
+
+
+def test_the_order_of_the_tokens_does_not_matter():
+    rng = np.random.default_rng(7)
+    mask = rng.integers(2, size=(5, 8)).astype(np.float32)
+    arrays = {name: -rng.integers(4, size=(3, *mask.shape)).astype(np.float32) for name in ("old", "ref", "entropy")}
+    for kind in BY_QUANTILE:
+        masks = jax.jit(
+            jax.vmap(
+                lambda mask, old, ref, entropy, kind=kind: [
+                    token_mask(kind, mask, quantile=q, old_logp_BT=old, ref_logp_BT=ref, entropy_BT=entropy)
+                    for q in (0.2, 0.5, 0.8)
+                ]
+            )
+        )
+        order = np.stack([np.arange(40), rng.permutation(40), rng.permutation(40)])
+        moved = [x[0].ravel()[order].reshape(3, 5, 8) for x in arrays.values()]
+        for got in masks(mask.ravel()[order].reshape(3, 5, 8), *moved):
+            for i in (1, 2):
+                np.testing.assert_array_equal(np.ravel(got[i]), np.ravel(got[0])[order[i]], err_msg=kind)
 
 
 @pytest.mark.parametrize("kind", TOKEN_MASKS)
@@ -163,5 +188,6 @@ def test_bad_arguments_are_named():
         arrays = {"old_logp_BT": OLD, "entropy_BT": ENTROPY, "ref_logp_BT": REF} | {name: None}
         with pytest.raises(ValueError, match=f"{name}=None.*{kind}"):
             token_mask(kind, MASK, quantile=0.8, **arrays)
-    with pytest.raises(ValueError, match=r"quantile=1\.5"):
-        token_mask("all", MASK, quantile=1.5)
+    for wrong in (1.5, np.float32(1.5), np.float64(-0.5), jnp.asarray(1.5), np.nan):
+        with pytest.raises(ValueError, match=r"quantile=(1\.5|-0\.5|nan): expected a number between 0 and 1"):
+            token_mask("all", MASK, quantile=wrong)

@@ -55,8 +55,9 @@ def test_dependencies_run_one_way(importer, forbidden):
 @pytest.mark.parametrize(
     ("module", "own"),
     [
-        ("direction.py", {"rlvr_jax.direction"}),
-        ("objectives", {"rlvr_jax.direction", "rlvr_jax.objectives", "rlvr_jax.sharding"}),
+        ("direction.py", {"rlvr_jax.direction", "rlvr_jax.checks"}),
+        ("scatter.py", set()),
+        ("objectives", {f"rlvr_jax.{name}" for name in ("direction", "objectives", "sharding", "checks", "scatter")}),
     ],
 )
 def test_the_formulas_import_jax_alone(module, own):

@@ -109,7 +109,7 @@ def _over_heads(
         grouped = jnp.pad(q.reshape(q.shape[0], num_kv_heads, -1, q.shape[2]), ((0, 0), (0, 0), (0, extra), (0, 0)))
         q = grouped.reshape(q.shape[0], -1, q.shape[2])
     if copies > 1:
-        k, v = (jnp.repeat(layout.place(x, "kv_heads"), copies, axis=1) for x in (k, v))
+        k, v = (_copied(layout.place(x, "kv_heads"), copies) for x in (k, v))
     elsewhere = tuple(axis for axis in axes if axis not in layout.time)
 
     def exchanged(q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:
@@ -124,6 +124,21 @@ def _over_heads(
     if extra:
         out = out.reshape(out.shape[0], num_kv_heads, group, -1)[:, :, :-extra]
     return out.reshape(-1, num_heads, out.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _copied(x_MKH: jax.Array, copies: int) -> jax.Array:
+    """[M, K copies, H], the copies of a head side by side; their gradients are summed in float32."""
+    return jnp.repeat(x_MKH, copies, axis=1)
+
+
+def _copied_backward(copies: int, _: None, d_MKH: jax.Array) -> tuple[jax.Array]:
+    d_MKcH = d_MKH.reshape(d_MKH.shape[0], -1, copies, d_MKH.shape[2])
+    wide = jnp.promote_types(d_MKH.dtype, jnp.float32)
+    return (jnp.sum(d_MKcH.astype(wide), axis=2).astype(d_MKH.dtype),)
+
+
+_copied.defvjp(lambda x_MKH, copies: (_copied(x_MKH, copies), None), _copied_backward)
 
 
 def _whole_rows(x_MNH: jax.Array, layout: TokenLayout) -> jax.Array:

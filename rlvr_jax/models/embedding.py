@@ -1,7 +1,8 @@
-"""Looking tokens up in an embedding whose rows, columns and gradient are spread over a mesh.
+"""Looking tokens up in an embedding, on one device or spread over a mesh.
 
-Left to itself the compiler sums the gradient of the whole table on every device. Here each device looks up the tokens
-that lie in its part of the vocabulary, and the gradient is summed into parts.
+A device sums the gradient of its tokens in float32, to the same bits in every run (see `scatter_sum`). On a mesh the
+compiler would sum the gradient of the whole table on every device. Here each device looks up the tokens that lie in its
+part of the vocabulary, and the gradient is summed into parts.
 """
 
 import functools
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rlvr_jax.models.tokens import TokenLayout
+from rlvr_jax.scatter import scatter_sum
 from rlvr_jax.sharding import ambient_mesh, constrain, dividing_axes, fitting_axes, sum_into, ways, whole_tiles
 from rlvr_jax.typing import Array, Float, Int
 
@@ -19,18 +21,19 @@ from rlvr_jax.typing import Array, Float, Int
 def embed_tokens(
     embed_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: Any, layout: TokenLayout
 ) -> Float[jax.Array, "M D"]:
-    """`embed_VD[tokens_BT]` in `dtype`, tokens in one dimension; ids outside are clipped. Reverse mode only on a mesh.
+    """`embed_VD[tokens_BT]` in `dtype`, tokens in one dimension; reverse mode only.
 
-    The gradient is summed in float32 on each device, and in `dtype` over devices.
+    Ids outside are clipped, so any id may stand on padding (-100, say): what is looked up there means nothing, but is
+    finite. The gradient is summed in float32 on each device, and in `dtype` over devices.
     """
-    if ambient_mesh() is None:
-        return jnp.take(jnp.asarray(embed_VD), tokens_BT.reshape(-1), axis=0, mode="clip").astype(dtype)
     known_BT = jnp.clip(jnp.asarray(tokens_BT), 0, embed_VD.shape[0] - 1)
     return _looked_up(jnp.asarray(embed_VD), known_BT, jnp.dtype(dtype), layout)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _looked_up(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any, layout: TokenLayout) -> jax.Array:
+    if ambient_mesh() is None:
+        return jnp.take(embed_VD, tokens_BT.reshape(-1), axis=0, mode="clip").astype(dtype)
     tokens_axes, vocab, scattered, out = _axes(layout, embed_VD.shape[0])
     table_VD = jnp.asarray(constrain(embed_VD.astype(dtype), "vocab", None))
 
@@ -50,9 +53,10 @@ def _forward(embed_VD: jax.Array, tokens_BT: jax.Array, dtype: Any, layout: Toke
 
 def _backward(dtype: Any, layout: TokenLayout, saved: tuple, d_x_MD: jax.Array) -> tuple[jax.Array, None]:
     (tokens_BT, like), width = saved, d_x_MD.shape[1]
+    if ambient_mesh() is None:
+        return scatter_sum(d_x_MD, tokens_BT.reshape(-1), like.shape[0]).astype(like.dtype), None
     tokens_axes, vocab, scattered, of_x = _axes(layout, like.shape[0])
     rows = like.shape[0] // ways(vocab)
-    accumulator = jnp.promote_types(dtype, jnp.float32)
     summed = tuple(axis for axis in (*layout.batch, *layout.time) if axis not in vocab)
     over_width = dividing_axes(width, "embed", summed)
 
@@ -60,10 +64,9 @@ def _backward(dtype: Any, layout: TokenLayout, saved: tuple, d_x_MD: jax.Array) 
         if scattered:
             d_x_MD = jax.lax.all_gather(d_x_MD, scattered, axis=0, tiled=True)
         row_M, here_M = _rows(_in_order(tokens_BT, layout, scattered), rows, vocab)
-        d_table_VD = jnp.zeros((whole_tiles(rows), width), accumulator)
+        filled = whole_tiles(rows)
         # What lies elsewhere goes beyond the table, where it is dropped.
-        index_M = jnp.where(here_M, row_M, d_table_VD.shape[0])
-        d_table_VD = d_table_VD.at[index_M].add(d_x_MD.astype(accumulator), mode="drop")
+        d_table_VD = scatter_sum(d_x_MD, jnp.where(here_M, row_M, filled), filled)
         return sum_into(d_table_VD.astype(dtype), 1, over_width, summed)[:rows]
 
     out = PartitionSpec(vocab or None, over_width or None)

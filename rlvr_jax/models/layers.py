@@ -256,7 +256,7 @@ def project_qkv(
         names = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
         q, k, v = (_to_heads(y, p[f"{x}_proj"], name, 2 * cos.shape[-1], layout) for x, name in names.items())
     if "q_bias" in p:
-        q, k, v = (y + p[f"{name}_bias"].astype(y.dtype) for name, y in zip("qkv", (q, k, v), strict=True))
+        q, k, v = (_biased(y, p[f"{name}_bias"]) for name, y in zip("qkv", (q, k, v), strict=True))
     if "q_norm" in p:
         q, k = rms_norm(q, p["q_norm"], eps), rms_norm(k, p["k_norm"], eps)
     return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
@@ -266,6 +266,12 @@ def _to_heads(y: Array, w: Array, heads: str, head_dim: int, layout: Layout) -> 
     """For w [D, N, H], or [D, N H] as decoding keeps it."""
     projected = _dense(y, w, layout.weight("embed", heads, "head_dim"))
     return layout.place(projected.reshape(*y.shape[:-1], -1, head_dim), heads)
+
+
+def _biased(y: Array, bias: Array) -> jax.Array:
+    """`y + bias`, both in the dtype of `y`. The gradient of the bias, a sum over all tokens, is made in float32."""
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return (y.astype(wide) + bias.astype(y.dtype).astype(wide)).astype(y.dtype)
 
 
 def _joined_qkv(p: LayerParams, y_BTD: Array, head_dim: int) -> list[jax.Array]:

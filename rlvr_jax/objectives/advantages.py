@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from rlvr_jax.checks import not_negative, require, require_same_shape
 from rlvr_jax.direction import widen
-from rlvr_jax.typing import Array, Float, Int
+from rlvr_jax.scatter import scatter_sum
+from rlvr_jax.typing import Array, Bool, Float, Int
 
 
 def group_advantages(
-    scores_B: Float[Array, " B"] | Int[Array, " B"],
+    scores_B: Float[Array, " B"] | Int[Array, " B"] | Bool[Array, " B"],
     group_B: Int[Array, " B"],
     *,
     normalize_by_std: bool = True,
@@ -23,28 +25,31 @@ def group_advantages(
     them gives NaN; without it any ids do, at the cost of a sort. A negative id marks a padding row: it belongs to no
     group and gets 0. A group of one has mean 0 and std 1, so it keeps its score. A group whose scores are all equal
     gets exactly 0. `normalize_by_std=False` leaves out the division (Dr. GRPO, 2503.20783).
+
+    Ids have 32 bits (64 with `jax_enable_x64`). Larger ones in a numpy array are refused. But jit cuts its own
+    arguments to 32 bits, before this function sees them: number hashes first, `np.unique(ids, return_inverse=True)[1]`.
     """
+    require("epsilon", epsilon, "a number >= 0", not_negative)
+    require_same_shape(scores_B=scores_B, group_B=group_B)
     scores_B, group_B = widen(scores_B), group_ids(group_B)
-    if scores_B.shape != group_B.shape:
-        raise ValueError(f"group_B has shape {group_B.shape}: expected {scores_B.shape}, as scores_B")
     counted_B = group_B >= 0
     centred_B, sum_squares_B, count_B = group_deviations(scores_B, group_B, counted_B, num_groups=num_groups)
     alone_B = count_B == 1
     centred_B = jnp.where(alone_B, scores_B, centred_B)
     if normalize_by_std:
         std_B = jnp.sqrt(sum_squares_B / jnp.maximum(count_B - 1, 1))
-        centred_B = centred_B / (jnp.where(alone_B, 1.0, std_B) + epsilon)
+        spread_B = jnp.where(alone_B, 1.0, std_B) + epsilon
+        centred_B = centred_B / jnp.where(spread_B == 0, 1.0, spread_B)  # epsilon = 0: equal scores stay 0
     return jnp.where(counted_B, centred_B, 0.0)
 
 
 def group_ids(group_B: Int[Array, " B"]) -> Int[jax.Array, " B"]:
     """The ids as a jax array; refuses 64-bit ids (hashes) that its integers would silently cut down and mix up."""
-    ids_B = jnp.asarray(group_B)
-    if isinstance(group_B, np.ndarray) and not np.array_equal(np.asarray(ids_B), group_B):
-        raise ValueError(
-            f"group_B holds ids up to {group_B.max()}: expected ids that fit {ids_B.dtype}, so number them"
-        )
-    return ids_B
+    if isinstance(group_B, np.ndarray):
+        kept = jax.dtypes.canonicalize_dtype(group_B.dtype)
+        if not np.array_equal(group_B.astype(kept), group_B):
+            raise ValueError(f"group_B holds ids up to {group_B.max()}: expected ids that fit {kept}, so number them")
+    return jnp.asarray(group_B)
 
 
 def group_deviations(
@@ -65,8 +70,7 @@ def group_deviations(
     segment_B = jnp.where(counted_B, segment_B, segments)
 
     def total(x_B):
-        x_G = jax.ops.segment_sum(jnp.where(counted_B, x_B, 0.0), segment_B, num_segments=segments + 1)
-        return _spread(x_G, segment_B)
+        return _spread(scatter_sum(jnp.where(counted_B, x_B, 0.0), segment_B, segments + 1), segment_B)
 
     count_B = total(jnp.ones_like(values_B))
     safe_count_B = jnp.maximum(count_B, 1.0)

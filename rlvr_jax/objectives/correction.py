@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rlvr_jax.objectives.masks import Mask, masked, require_same_shape
-from rlvr_jax.typing import Array, Float
+from rlvr_jax.checks import positive, require, require_same_shape
+from rlvr_jax.objectives.masks import Mask, Values, masked
+from rlvr_jax.typing import Float
 
 IMPORTANCE_WEIGHTS = ("none", "token", "sequence")
 
@@ -13,9 +14,7 @@ IMPORTANCE_WEIGHTS = ("none", "token", "sequence")
 _LOG_RATIO_LIMIT = 20.0
 
 
-def kl_penalty(
-    logp_BT: Float[Array, "B T"], ref_logp_BT: Float[Array, "B T"], mask_BT: Mask
-) -> Float[jax.Array, "B T"]:
+def kl_penalty(logp_BT: Values, ref_logp_BT: Values, mask_BT: Mask) -> Float[jax.Array, "B T"]:
     """Per-token estimate of KL(policy ‖ reference) >= 0: exp(d) - d - 1, d = clip(ref_logp - logp, -20, 20).
 
     The "k3" estimator, in nats: unbiased for tokens drawn from the policy, never negative, 0 where both agree. GRPO
@@ -30,8 +29,8 @@ def kl_penalty(
 
 
 def importance_weights(
-    old_logp_BT: Float[Array, "B T"],
-    rollout_logp_BT: Float[Array, "B T"],
+    old_logp_BT: Values,
+    rollout_logp_BT: Values,
     mask_BT: Mask,
     *,
     kind: str = "token",
@@ -59,8 +58,7 @@ def importance_weights(
     """
     if kind not in IMPORTANCE_WEIGHTS:
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(IMPORTANCE_WEIGHTS)}")
-    if isinstance(cap, int | float) and not cap > 0:
-        raise ValueError(f"cap={cap}: expected a number > 0")
+    require("cap", cap, "a number > 0", positive)
     require_same_shape(old_logp_BT=old_logp_BT, rollout_logp_BT=rollout_logp_BT, mask_BT=mask_BT)
     log_BT = jax.lax.stop_gradient(masked(old_logp_BT, mask_BT) - masked(rollout_logp_BT, mask_BT))
     if kind == "none":

@@ -1,7 +1,11 @@
 """Log-probabilities of given tokens under logits / temperature, with and without the [B, T, V] array.
 
 Alignment, here and everywhere: `logits_BTV[:, t]` (or `hidden_BTD[:, t]`) predicts `targets_BT[:, t]`, so the caller
-shifts once and `logp_BT[:, t]` scores token t given the tokens before it. Targets lie in [0, V), on padding too.
+shifts once and `logp_BT[:, t]` scores token t given the tokens before it.
+
+Targets lie in [0, V). A target of -100, Hugging Face's mark of a token that does not count, gives exactly 0 and lets no
+gradient through, whatever the logits are. Other targets raise where they can be seen, which means outside jit; where
+they are traced they give NaN. On padding that a mask leaves out, any of these may stand.
 """
 
 import functools
@@ -9,10 +13,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from rlvr_jax.direction import widen
+from rlvr_jax.checks import positive, require, seen
+from rlvr_jax.direction import token_ids, token_values, widen
 from rlvr_jax.sharding import (
     DEFAULT_RULES,
     ambient_mesh,
@@ -25,22 +31,29 @@ from rlvr_jax.sharding import (
 )
 from rlvr_jax.typing import Array, Float, Int
 
+IGNORED = -100  # a target that does not count, as in Hugging Face's losses
 _MASKED = -1e30  # the score of what pads a vocabulary: finite, its weight is 0
 
 
 def token_logprobs(
     logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], *, temperature: ArrayLike = 1.0
 ) -> Float[jax.Array, "B T"]:
-    """log softmax(logits / temperature)[target], in at least float32. Temperature: a number > 0, may be traced."""
-    _check_temperature(temperature)
-    logits_BTV, targets_BT = widen(logits_BTV), jnp.asarray(targets_BT)
-    if logits_BTV.shape[:-1] != targets_BT.shape:
-        raise ValueError(f"targets_BT has shape {targets_BT.shape}: expected {logits_BTV.shape[:-1]}, as logits_BTV")
+    """log softmax(logits / temperature)[target] from logits, in at least float32.
+
+    Temperature: a number > 0, may be traced. Targets of -100 give 0; see the module for others outside [0, V).
+    """
+    require("temperature", temperature, "a number > 0", positive)
+    if np.shape(logits_BTV)[:-1] != np.shape(targets_BT):
+        raise ValueError(
+            f"targets_BT has shape {np.shape(targets_BT)}: expected {np.shape(logits_BTV)[:-1]}, as logits_BTV"
+        )
+    targets = _Targets(targets_BT, logits_BTV.shape[-1])
+    logits_BTV = targets.counted(widen(logits_BTV))
     scores_BTV = logits_BTV / temperature
     # The largest score goes first, so that large scores near one another keep their digits.
     scores_BTV -= jax.lax.stop_gradient(jnp.max(scores_BTV, axis=-1, keepdims=True))
-    chosen_BT = jnp.take_along_axis(scores_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return chosen_BT - jnp.log(jnp.sum(jnp.exp(scores_BTV), axis=-1))
+    chosen_BT = token_values(scores_BTV, targets.ids_BT)
+    return targets.result(chosen_BT - jnp.log(jnp.sum(jnp.exp(scores_BTV), axis=-1)))
 
 
 def chunked_logprobs(
@@ -58,7 +71,8 @@ def chunked_logprobs(
     a [B, T, V] array of more than `chunk` tokens (public issues trl #3456, verl #1100). Matrix products run in the
     dtype of `hidden_BTD` with float32 results, and the gradient of `unembed_DV` is summed over chunks in float32.
     Gradients flow to hidden, unembed and temperature, from both outputs; reverse mode only. `entropy=True` returns
-    (logp_BT, entropy_BT), the entropy in nats of the tempered distribution.
+    (logp_BT, entropy_BT), the entropy in nats of the tempered distribution. A target of -100 gives 0 in both, and
+    another one outside [0, V) NaN in both if it does not raise.
 
     `chunk` counts tokens over the whole (global) batch. A chunk is a slice of time that takes every row, so a batch
     sharded over devices stays sharded inside each chunk. Under an ambient mesh each device scores its own rows against
@@ -66,20 +80,47 @@ def chunked_logprobs(
     chunk, as the compiler would do it by itself. Inside a `jax.shard_map` it scores the rows it is given, with
     `unembed_DV` made varying first (`jax.lax.pcast`).
     """
-    _check_temperature(temperature)
+    require("temperature", temperature, "a number > 0", positive)
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected at least 1 token")
-    hidden_BTD, unembed_DV, targets_BT = jnp.asarray(hidden_BTD), jnp.asarray(unembed_DV), jnp.asarray(targets_BT)
+    hidden_BTD, unembed_DV = jnp.asarray(hidden_BTD), jnp.asarray(unembed_DV)
     if hidden_BTD.shape[:2] != targets_BT.shape or hidden_BTD.shape[2] != unembed_DV.shape[0]:
         raise ValueError(
             f"shapes hidden_BTD {hidden_BTD.shape}, unembed_DV {unembed_DV.shape}, targets_BT {targets_BT.shape}: "
             "expected [B, T, D], [D, V] and [B, T]"
         )
+    targets = _Targets(targets_BT, unembed_DV.shape[1])
     temperature = jnp.asarray(temperature, _accumulator(hidden_BTD))
     options = {"chunk": int(chunk), "entropy": bool(entropy)}
     split = _split(hidden_BTD.shape[0])
-    scored = _score(hidden_BTD, unembed_DV, targets_BT, temperature, split=split, **options)
+    scored = _score(targets.counted(hidden_BTD), unembed_DV, targets.ids_BT, temperature, split=split, **options)
+    scored = tuple(targets.result(x_BT) for x_BT in scored)
     return scored if entropy else scored[0]
+
+
+class _Targets:
+    """Targets, and what stands for those that are outside the vocabulary: see the module."""
+
+    def __init__(self, targets_BT: ArrayLike, vocabulary: int):
+        known = seen(targets_BT)
+        if known is not None:
+            wrong = known[((known < 0) | (known >= vocabulary)) & (known != IGNORED)]
+            if wrong.size:
+                raise ValueError(
+                    f"targets_BT has {wrong[0]}: expected token ids from 0 to {vocabulary - 1}, or {IGNORED} where "
+                    "nothing counts"
+                )
+        self.ids_BT = token_ids(targets_BT)
+        self.ignored_BT = self.ids_BT == IGNORED
+        self.inside_BT = (self.ids_BT >= 0) & (self.ids_BT < vocabulary)
+
+    def counted(self, x_BTD: jax.Array) -> jax.Array:
+        """Zeros where nothing counts, so that no NaN gets from there into a gradient."""
+        return jnp.where(self.ignored_BT[..., None], 0, x_BTD)
+
+    def result(self, x_BT: jax.Array) -> jax.Array:
+        """0 where nothing counts, NaN elsewhere outside; no gradient flows through either."""
+        return jnp.where(self.inside_BT, x_BT, jnp.where(self.ignored_BT, 0.0, jnp.nan))
 
 
 class _Split(NamedTuple):
@@ -294,8 +335,3 @@ def _token_ids(scores_RCV, plan: _Plan) -> jax.Array:
 
 def _accumulator(hidden: jax.Array):
     return jnp.promote_types(hidden.dtype, jnp.float32)
-
-
-def _check_temperature(temperature: ArrayLike) -> None:
-    if isinstance(temperature, int | float) and not temperature > 0:
-        raise ValueError(f"temperature={temperature}: expected a number > 0")

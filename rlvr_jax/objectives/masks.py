@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from rlvr_jax.checks import require, require_same_shape
 from rlvr_jax.direction import delta_logp, widen
 from rlvr_jax.typing import Array, Bool, Float, Int
 
@@ -27,7 +28,9 @@ TOKEN_MASKS = (
     "ends_delta_logp",
 )
 
-Mask = Float[Array, "B T"] | Int[Array, "B T"] | Bool[Array, "B T"]
+# One number per token; integers and booleans are computed with as float32.
+Values = Float[Array, "B T"] | Int[Array, "B T"] | Bool[Array, "B T"]
+Mask = Values
 
 # Quantiles with a denominator up to this are exact: its square, the largest product below, still fits 32 bits.
 _DENOMINATOR = 40_000
@@ -38,32 +41,33 @@ def token_mask(
     mask_BT: Mask,
     *,
     quantile: ArrayLike,
-    old_logp_BT: Float[Array, "B T"] | None = None,
-    entropy_BT: Float[Array, "B T"] | None = None,
-    ref_logp_BT: Float[Array, "B T"] | None = None,
+    old_logp_BT: Values | None = None,
+    entropy_BT: Values | None = None,
+    ref_logp_BT: Values | None = None,
 ) -> Float[jax.Array, "B T"] | Int[jax.Array, "B T"] | Bool[jax.Array, "B T"]:
     """`mask_BT` with only the selected tokens left, for the loss or as `reweight(token_mask_BT=)`; dtype of the mask.
 
-    With q = `quantile` and n response tokens in the whole batch (call it before splitting into micro-batches):
+    With q = `quantile` and n response tokens in the whole batch (call it before splitting into micro-batches), t(q) is
+    the k-th smallest of their values v, where k = floor(q n), and at least 1:
 
     | kind | keeps |
     |---|---|
     | all | everything |
-    | lowest_logp, lowest_delta_logp | the floor(q n) lowest |
-    | highest_logp, highest_entropy, highest_delta_logp | the n - floor(q n) highest (0.8: the top fifth, 2506.01939) |
-    | middle_delta_logp | neither the floor((1 - q) n) lowest nor the n - floor(q n) highest |
-    | ends_delta_logp | both of those: the complement of the middle (q >= 0.5) |
+    | lowest_logp, lowest_delta_logp | v <= t(q) |
+    | highest_logp, highest_entropy, highest_delta_logp | v >= t(q) (0.8: the top fifth, 2506.01939) |
+    | middle_delta_logp | t(1 - q) <= v <= t(q) |
+    | ends_delta_logp | v <= t(1 - q) or v >= t(q) |
     | prob_below | probability exp(old_logp) <= q |
     | prob_between | 1 - q <= exp(old_logp) <= q |
 
-    dlogp = old_logp - ref_logp, the change against the reference (base) model. The ranks q n are exact: 0.29 of 100
-    tokens is 29. Among equal values the token earlier in row-major order ranks lower, so counts are exact and results
-    reproducible. Raises ValueError when an array the kind needs is missing. A traced quantile is precise to float32.
+    dlogp = old_logp - ref_logp, the change against the reference (base) model. The token at a threshold is kept, and
+    so is every token of the same value: the order of the rows changes nothing, but many equal values (log-probs of
+    exactly 0, say) make the kept share larger than asked. The ranks q n are exact: 0.29 of 100 tokens is 29. A traced
+    quantile is precise to float32. Raises ValueError when an array the kind needs is missing.
     """
     if kind not in TOKEN_MASKS:
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(TOKEN_MASKS)}")
-    if isinstance(quantile, int | float) and not 0 <= quantile <= 1:
-        raise ValueError(f"quantile={quantile}: expected a number between 0 and 1")
+    require("quantile", quantile, "a number between 0 and 1", lambda q: (q >= 0) & (q <= 1))
     given = {"old_logp_BT": old_logp_BT, "entropy_BT": entropy_BT, "ref_logp_BT": ref_logp_BT}
     require_same_shape(mask_BT=mask_BT, **given)
     mask_BT = jnp.asarray(mask_BT)
@@ -84,17 +88,17 @@ def token_mask(
         return jnp.where(chosen_BT, mask_BT, 0).astype(mask_BT.dtype)
 
     values_BT = delta_logp(*needed) if kind.endswith("delta_logp") else needed[0]
-    rank_BT = _ranks(values_BT, counted_BT)
-    count = jnp.sum(counted_BT)
-    below, above = _rank_at(count, quantile, complement=True), _rank_at(count, quantile)
+    # What does not count lies behind the rest.
+    ordered_N, count = jnp.sort(jnp.where(counted_BT, values_BT, jnp.inf), axis=None), jnp.sum(counted_BT)
+    low, high = (ordered_N[jnp.maximum(_rank_at(count, quantile, complement=c), 1) - 1] for c in (True, False))
     if kind.startswith("lowest"):
-        chosen_BT = rank_BT < above
+        chosen_BT = values_BT <= high
     elif kind.startswith("highest"):
-        chosen_BT = rank_BT >= above
+        chosen_BT = values_BT >= high
     elif kind.startswith("middle"):
-        chosen_BT = (rank_BT >= below) & (rank_BT < above)
+        chosen_BT = (values_BT >= low) & (values_BT <= high)
     else:
-        chosen_BT = (rank_BT < below) | (rank_BT >= above)
+        chosen_BT = (values_BT <= low) | (values_BT >= high)
     return jnp.where(chosen_BT & counted_BT, mask_BT, 0).astype(mask_BT.dtype)
 
 
@@ -103,26 +107,12 @@ def masked(values: ArrayLike, mask: ArrayLike) -> jax.Array:
     return jnp.where(jnp.asarray(mask) > 0, widen(values), 0.0)
 
 
-def require_same_shape(**arrays: ArrayLike | None) -> None:
-    """Refuses arrays that would broadcast against each other by accident; None is skipped."""
-    shapes = {name: jnp.shape(array) for name, array in arrays.items() if array is not None}
-    if len(set(shapes.values())) > 1:
-        raise ValueError("shapes differ: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
-
-
 def _needs(kind: str) -> tuple[str, ...]:
     if kind == "all":
         return ()
     if kind == "highest_entropy":
         return ("entropy_BT",)
     return ("ref_logp_BT", "old_logp_BT") if kind.endswith("delta_logp") else ("old_logp_BT",)
-
-
-def _ranks(values_BT: jax.Array, counted_BT: jax.Array) -> jax.Array:
-    """0-based rank of every counted token by (value, index); the others rank behind them."""
-    index_N = jnp.arange(values_BT.size, dtype=jnp.int32)
-    *_, order_N = jax.lax.sort(((~counted_BT).ravel(), values_BT.ravel(), index_N), num_keys=2, is_stable=True)
-    return jnp.zeros_like(index_N).at[order_N].set(index_N).reshape(values_BT.shape)
 
 
 def _rank_at(count: Array, quantile: ArrayLike, complement: bool = False) -> Array:

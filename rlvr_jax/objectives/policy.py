@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rlvr_jax.objectives.masks import Mask, masked, require_same_shape
+from rlvr_jax.checks import not_negative, positive, require, require_same_shape
+from rlvr_jax.objectives.masks import Mask, Values, masked
 from rlvr_jax.objectives.segments import response_begins, response_sums
 from rlvr_jax.typing import Array, Float, Int
 
@@ -22,9 +23,9 @@ _LOG_RATIO_LIMIT = 20.0
 
 
 def policy_loss(
-    logp_BT: Float[Array, "B T"],
-    old_logp_BT: Float[Array, "B T"],
-    advantages_BT: Float[Array, "B T"],
+    logp_BT: Values,
+    old_logp_BT: Values,
+    advantages_BT: Values,
     mask_BT: Mask,
     *,
     clip_low: ArrayLike = 0.2,
@@ -41,8 +42,9 @@ def policy_loss(
     clip_fraction_low / _high (the lower / upper bound holds the token), clip_fraction_dual, approx_kl
     (old_logp - logp, an unbiased estimate of KL(old ‖ current)) and ratio.
     """
-    if isinstance(clip_dual, int | float) and not clip_dual > 1:
-        raise ValueError(f"clip_dual={clip_dual}: expected a number > 1, or None")
+    _require_clips(clip_low, clip_high)
+    if clip_dual is not None:
+        require("clip_dual", clip_dual, "a number > 1, or None", lambda x: x > 1)
     require_same_shape(logp_BT=logp_BT, old_logp_BT=old_logp_BT, advantages_BT=advantages_BT, mask_BT=mask_BT)
     mask_BT = jnp.asarray(mask_BT)
     old_logp_BT = jax.lax.stop_gradient(masked(old_logp_BT, mask_BT))
@@ -68,9 +70,9 @@ def policy_loss(
 
 
 def gspo_loss(
-    logp_BT: Float[Array, "B T"],
-    old_logp_BT: Float[Array, "B T"],
-    advantages_BT: Float[Array, "B T"],
+    logp_BT: Values,
+    old_logp_BT: Values,
+    advantages_BT: Values,
     mask_BT: Mask,
     *,
     clip_low: ArrayLike = 3e-4,
@@ -91,6 +93,7 @@ def gspo_loss(
     The loss is exactly 0 where `mask_BT` is 0. Metrics as in `policy_loss`, per token: `ratio` is s, `approx_kl` is of
     single tokens, and clip_fraction_dual is 0, since there is no dual clip.
     """
+    _require_clips(clip_low, clip_high)
     response_BT = mask_BT if response_BT is None else response_BT
     require_same_shape(
         logp_BT=logp_BT,
@@ -119,9 +122,9 @@ def gspo_loss(
 
 
 def cispo_loss(
-    logp_BT: Float[Array, "B T"],
-    old_logp_BT: Float[Array, "B T"],
-    advantages_BT: Float[Array, "B T"],
+    logp_BT: Values,
+    old_logp_BT: Values,
+    advantages_BT: Values,
     mask_BT: Mask,
     *,
     clip_low: ArrayLike = 1.0,
@@ -137,6 +140,7 @@ def cispo_loss(
     Metrics as in `policy_loss`: clip_fraction_low / _high are the tokens whose weight is on its lower / upper bound,
     whatever the sign of A; clip_fraction_dual is 0.
     """
+    _require_clips(clip_low, clip_high)
     require_same_shape(logp_BT=logp_BT, old_logp_BT=old_logp_BT, advantages_BT=advantages_BT, mask_BT=mask_BT)
     mask_BT = jnp.asarray(mask_BT)
     logp_BT = masked(logp_BT, mask_BT)
@@ -151,6 +155,11 @@ def cispo_loss(
     return loss_BT, _metrics(mask_BT, ratio_BT < low, ratio_BT > high, none_BT, log_ratio_BT, ratio_BT)
 
 
+def _require_clips(clip_low: ArrayLike, clip_high: ArrayLike) -> None:
+    for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
+        require(name, clip, "a number >= 0", not_negative)
+
+
 def _metrics(mask_BT: Mask, low_BT, high_BT, dual_BT, log_ratio_BT, ratio_BT) -> Metrics:
     metrics = {
         "clip_fraction_low": low_BT,
@@ -163,7 +172,7 @@ def _metrics(mask_BT: Mask, low_BT, high_BT, dual_BT, log_ratio_BT, ratio_BT) ->
 
 
 def aggregate(
-    values_BT: Mask,
+    values_BT: Values,
     mask_BT: Mask,
     mode: str = "token-mean",
     *,
@@ -186,6 +195,8 @@ def aggregate(
     """
     if mode not in AGGREGATIONS:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(AGGREGATIONS)}")
+    if max_length is not None:
+        require("max_length", max_length, "a number > 0", positive)
     require_same_shape(values_BT=values_BT, mask_BT=mask_BT)
     values_BT, mask_BT = masked(values_BT, mask_BT), jnp.asarray(mask_BT)
     mask_BT = jnp.where(mask_BT > 0, mask_BT, 0).astype(values_BT.dtype)

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from rlvr_jax.checks import not_negative, positive, require, require_same_shape
+from rlvr_jax.direction import widen
 from rlvr_jax.objectives.advantages import group_deviations, group_ids
-from rlvr_jax.objectives.masks import Mask, masked, require_same_shape
+from rlvr_jax.objectives.masks import Mask, Values, masked
 from rlvr_jax.typing import Array, Float, Int
 
 REWEIGHTINGS = (
@@ -30,8 +32,8 @@ CURRENT_REWEIGHTINGS = ("current_linear", "current_focal")
 
 def reweight(
     kind: str,
-    advantages_BT: Float[Array, "B T"],
-    old_logp_BT: Float[Array, "B T"],
+    advantages_BT: Values,
+    old_logp_BT: Values,
     mask_BT: Mask,
     *,
     alpha: ArrayLike,
@@ -62,18 +64,22 @@ def reweight(
     select the tokens; the statistics of ppl, uniform and shuffled are over all tokens of `mask_BT` either way. Those of
     ppl_norm, uniform and shuffled want the whole batch, not a micro-batch. For the kinds in `CURRENT_REWEIGHTINGS` call
     this inside the loss with the current policy's log-probabilities as `old_logp_BT`. No gradient flows through any
-    weight. Rows with an empty mask, and rows with a negative group id, enter no statistic.
+    weight. Rows with an empty mask, and rows with a negative group id, enter no statistic. The result is at least
+    float32, whatever the advantages are.
     """
     if kind not in REWEIGHTINGS:
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(REWEIGHTINGS)}")
     if where not in ("all", "positive", "negative"):
         raise ValueError(f"where={where!r}: expected 'all', 'positive' or 'negative'")
-    if kind == "inverse" and isinstance(alpha, int | float) and not alpha > 0:
-        raise ValueError(f"alpha={alpha}: re-weighting 'inverse' is unbounded unless alpha > 0")
+    require("alpha", alpha, "a finite number", np.isfinite)
+    if kind == "inverse":
+        require("alpha", alpha, "a number > 0, without which re-weighting 'inverse' is unbounded", positive)
+    if kind == "current_focal":
+        require("alpha", alpha, "a number >= 0, without which re-weighting 'current_focal' is unbounded", not_negative)
     require_same_shape(
         advantages_BT=advantages_BT, old_logp_BT=old_logp_BT, mask_BT=mask_BT, token_mask_BT=token_mask_BT
     )
-    advantages_BT, mask_BT = jnp.asarray(advantages_BT), jnp.asarray(mask_BT)
+    advantages_BT, mask_BT = widen(advantages_BT), jnp.asarray(mask_BT)
     counted_BT = mask_BT > 0
     logp_BT = jax.lax.stop_gradient(masked(old_logp_BT, counted_BT))
     weight_BT = _weights(kind, logp_BT, counted_BT, alpha, group_B, key)
@@ -83,7 +89,7 @@ def reweight(
         chosen_BT &= jnp.asarray(token_mask_BT) > 0
     if where != "all":
         chosen_BT &= advantages_BT > 0 if where == "positive" else advantages_BT < 0
-    return advantages_BT * jnp.where(chosen_BT, weight_BT, 1.0).astype(advantages_BT.dtype)
+    return advantages_BT * jnp.where(chosen_BT, weight_BT, 1.0)
 
 
 def _weights(kind: str, logp_BT, counted_BT, alpha, group_B, key) -> jax.Array:

@@ -3,26 +3,29 @@
 import jax
 import jax.numpy as jnp
 
-from rlvr_jax.typing import Array, Float, Int
+from rlvr_jax.direction import widen
+from rlvr_jax.scatter import scatter_sum
+from rlvr_jax.typing import Array, Bool, Float, Int
 
 
 def response_sums(
-    values_BT: Float[Array, "B T"], segment_BT: Int[Array, "B T"] | None = None
+    values_BT: Float[Array, "B T"] | Int[Array, "B T"] | Bool[Array, "B T"], segment_BT: Int[Array, "B T"] | None = None
 ) -> Float[jax.Array, "B T"]:
-    """At every token the sum of `values_BT` over its response.
+    """At every token the sum of `values_BT` over its response, in at least float32.
 
     Args:
       values_BT: 0 where a token does not count.
       segment_BT: the number of each token's response inside its row, from 1 (at most T); 0 on padding, which is summed
         up as well. None: a row is a response.
     """
+    values_BT = widen(values_BT)
     if segment_BT is None:
         return jnp.broadcast_to(jnp.sum(values_BT, axis=-1, keepdims=True), values_BT.shape)
 
     def of_row(values_T: jax.Array, segment_T: jax.Array) -> jax.Array:
-        return jnp.zeros(values_T.size + 1, values_T.dtype).at[segment_T].add(values_T)[segment_T]
+        return scatter_sum(values_T, segment_T, values_T.size + 1)[segment_T]
 
-    return jax.vmap(of_row)(jnp.asarray(values_BT), jnp.asarray(segment_BT))
+    return jax.vmap(of_row)(values_BT, jnp.asarray(segment_BT))
 
 
 def response_begins(segment_BT: Int[Array, "B T"] | None, shape: tuple[int, ...]) -> jax.Array:
