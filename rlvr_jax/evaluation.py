@@ -63,8 +63,8 @@ def maj_per_problem(
     lengths = [len(row) for row in answers]
     if lengths != [n] * P:
         raise ValueError(f"answers has {len(lengths)} rows of lengths {sorted(set(lengths))}: expected {P} rows of {n}")
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples}: expected at least 1")
+    if not isinstance(resamples, int | np.integer) or resamples < 1:
+        raise ValueError(f"resamples={resamples}: expected an integer of at least 1")
     exhaustive = math.comb(n, k) <= resamples
     subsets_RK = np.array(list(itertools.combinations(range(n), k))) if exhaustive else None
     maj_P = np.zeros(P)
@@ -185,6 +185,6 @@ def _checked(correct: ArrayLike, k: int) -> np.ndarray:
         raise ValueError(f"correct has shape {correct_PN.shape}: expected problems x samples, neither of them 0")
     if not np.isin(correct_PN, (0.0, 1.0)).all():
         raise ValueError("correct: expected only True / False or 1 / 0")
-    if not 1 <= k <= correct_PN.shape[1]:
+    if not isinstance(k, int | np.integer) or not 1 <= k <= correct_PN.shape[1]:
         raise ValueError(f"k={k}: expected 1 to {correct_PN.shape[1]}, the samples a problem has")
     return correct_PN

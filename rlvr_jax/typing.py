@@ -2,8 +2,8 @@
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, Integer, Num, PRNGKeyArray, Real
 
 Array = jax.Array | np.ndarray
 
-__all__ = ["Array", "Bool", "Float", "Int", "Num", "PRNGKeyArray"]
+__all__ = ["Array", "Bool", "Float", "Int", "Integer", "Num", "PRNGKeyArray", "Real"]

@@ -220,10 +220,10 @@ def test_overlong_penalty_matches_the_published_formula_in_range():
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ({"max_response": 10, "buffer": 11}, "buffer = 11"),
-        ({"max_response": 10, "buffer": 0}, "buffer = 0"),
-        ({"max_response": 10, "buffer": -1}, "buffer = -1"),
-        ({"max_response": 10, "buffer": 5, "factor": -1.0}, "factor = -1.0"),
+        ({"max_response": 10, "buffer": 11}, "buffer=11"),
+        ({"max_response": 10, "buffer": 0}, "buffer=0"),
+        ({"max_response": 10, "buffer": -1}, "buffer=-1"),
+        ({"max_response": 10, "buffer": 5, "factor": -1.0}, "factor=-1.0"),
     ],
 )
 def test_overlong_penalty_refuses(arguments, part):

@@ -8,12 +8,12 @@ from jax.typing import ArrayLike
 from rlvr_jax.checks import not_negative, require, require_same_shape
 from rlvr_jax.direction import widen
 from rlvr_jax.scatter import scatter_sum
-from rlvr_jax.typing import Array, Bool, Float, Int
+from rlvr_jax.typing import Array, Bool, Float, Integer, Real
 
 
 def group_advantages(
-    scores_B: Float[Array, " B"] | Int[Array, " B"] | Bool[Array, " B"],
-    group_B: Int[Array, " B"],
+    scores_B: Real[Array, " B"] | Bool[Array, " B"],
+    group_B: Integer[Array, " B"],
     *,
     normalize_by_std: bool = True,
     epsilon: ArrayLike = 1e-6,
@@ -43,7 +43,7 @@ def group_advantages(
     return jnp.where(counted_B, centred_B, 0.0)
 
 
-def group_ids(group_B: Int[Array, " B"]) -> Int[jax.Array, " B"]:
+def group_ids(group_B: Integer[Array, " B"]) -> Integer[jax.Array, " B"]:
     """The ids as a jax array; refuses 64-bit ids (hashes) that its integers would silently cut down and mix up."""
     if isinstance(group_B, np.ndarray):
         kept = jax.dtypes.canonicalize_dtype(group_B.dtype)
@@ -53,7 +53,7 @@ def group_ids(group_B: Int[Array, " B"]) -> Int[jax.Array, " B"]:
 
 
 def group_deviations(
-    values_B: Float[Array, " B"], group_B: Int[Array, " B"], counted_B: ArrayLike, *, num_groups: int | None = None
+    values_B: Float[Array, " B"], group_B: Integer[Array, " B"], counted_B: ArrayLike, *, num_groups: int | None = None
 ) -> tuple[Float[jax.Array, " B"], Float[jax.Array, " B"], Float[jax.Array, " B"]]:
     """(value - group mean, group sum of its squares, group size), each given to every row; uncounted rows are left out.
 

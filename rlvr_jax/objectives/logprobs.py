@@ -29,14 +29,14 @@ from rlvr_jax.sharding import (
     ways,
     whole_tiles,
 )
-from rlvr_jax.typing import Array, Float, Int
+from rlvr_jax.typing import Array, Float, Integer
 
 IGNORED = -100  # a target that does not count, as in Hugging Face's losses
 _MASKED = -1e30  # the score of what pads a vocabulary: finite, its weight is 0
 
 
 def token_logprobs(
-    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], *, temperature: ArrayLike = 1.0
+    logits_BTV: Float[Array, "B T V"], targets_BT: Integer[Array, "B T"], *, temperature: ArrayLike = 1.0
 ) -> Float[jax.Array, "B T"]:
     """log softmax(logits / temperature)[target] from logits, in at least float32.
 
@@ -59,7 +59,7 @@ def token_logprobs(
 def chunked_logprobs(
     hidden_BTD: Float[Array, "B T D"],
     unembed_DV: Float[Array, "D V"],
-    targets_BT: Int[Array, "B T"],
+    targets_BT: Integer[Array, "B T"],
     *,
     temperature: ArrayLike = 1.0,
     chunk: int = 1024,

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from rlvr_jax.checks import require, require_same_shape
 from rlvr_jax.direction import delta_logp, widen
-from rlvr_jax.typing import Array, Bool, Float, Int
+from rlvr_jax.typing import Array, Bool, Real
 
 TOKEN_MASKS = (
     "all",
@@ -29,7 +29,7 @@ TOKEN_MASKS = (
 )
 
 # One number per token; integers and booleans are computed with as float32.
-Values = Float[Array, "B T"] | Int[Array, "B T"] | Bool[Array, "B T"]
+Values = Real[Array, "B T"] | Bool[Array, "B T"]
 Mask = Values
 
 # Quantiles with a denominator up to this are exact: its square, the largest product below, still fits 32 bits.
@@ -44,7 +44,7 @@ def token_mask(
     old_logp_BT: Values | None = None,
     entropy_BT: Values | None = None,
     ref_logp_BT: Values | None = None,
-) -> Float[jax.Array, "B T"] | Int[jax.Array, "B T"] | Bool[jax.Array, "B T"]:
+) -> Real[jax.Array, "B T"] | Bool[jax.Array, "B T"]:
     """`mask_BT` with only the selected tokens left, for the loss or as `reweight(token_mask_BT=)`; dtype of the mask.
 
     With q = `quantile` and n response tokens in the whole batch (call it before splitting into micro-batches), t(q) is

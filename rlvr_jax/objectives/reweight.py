@@ -9,7 +9,7 @@ from rlvr_jax.checks import not_negative, positive, require, require_same_shape
 from rlvr_jax.direction import widen
 from rlvr_jax.objectives.advantages import group_deviations, group_ids
 from rlvr_jax.objectives.masks import Mask, Values, masked
-from rlvr_jax.typing import Array, Float, Int
+from rlvr_jax.typing import Array, Float, Integer
 
 REWEIGHTINGS = (
     "none",
@@ -38,7 +38,7 @@ def reweight(
     *,
     alpha: ArrayLike,
     where: str = "all",
-    group_B: Int[Array, " B"] | None = None,
+    group_B: Integer[Array, " B"] | None = None,
     key: jax.Array | np.ndarray | None = None,
     token_mask_BT: Mask | None = None,
 ) -> Float[jax.Array, "B T"]:

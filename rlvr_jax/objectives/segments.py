@@ -5,11 +5,11 @@ import jax.numpy as jnp
 
 from rlvr_jax.direction import widen
 from rlvr_jax.scatter import scatter_sum
-from rlvr_jax.typing import Array, Bool, Float, Int
+from rlvr_jax.typing import Array, Bool, Float, Int, Real
 
 
 def response_sums(
-    values_BT: Float[Array, "B T"] | Int[Array, "B T"] | Bool[Array, "B T"], segment_BT: Int[Array, "B T"] | None = None
+    values_BT: Real[Array, "B T"] | Bool[Array, "B T"], segment_BT: Int[Array, "B T"] | None = None
 ) -> Float[jax.Array, "B T"]:
     """At every token the sum of `values_BT` over its response, in at least float32.
 

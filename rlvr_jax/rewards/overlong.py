@@ -2,11 +2,13 @@
 
 import jax.numpy as jnp
 
-from rlvr_jax.typing import Array, Float, Int
+from rlvr_jax.checks import not_negative, require
+from rlvr_jax.direction import widen
+from rlvr_jax.typing import Array, Float, Real
 
 
 def overlong_penalty(
-    length_B: Int[Array, "*B"] | Float[Array, "*B"], *, max_response: int, buffer: int, factor: float | int = 1.0
+    length_B: Real[Array, "*B"], *, max_response: int, buffer: int, factor: float | int = 1.0
 ) -> Float[Array, "*B"]:
     """What is added to the reward of an overlong response (DAPO, arXiv 2503.14476, section 3.4); accuracy stays.
 
@@ -28,9 +30,7 @@ def overlong_penalty(
     Raises:
         ValueError: buffer not in 1 .. max_response, or a negative factor.
     """
-    if not 0 < buffer <= max_response:
-        raise ValueError(f"buffer = {buffer}: expected 1 to max_response = {max_response} tokens")
-    if factor < 0:
-        raise ValueError(f"factor = {factor}: expected 0 or more, since it is subtracted")
-    exceed_B = (jnp.asarray(length_B) - (max_response - buffer)).astype(jnp.float32)
+    require("buffer", buffer, f"1 to max_response={max_response} tokens", lambda x: (x > 0) & (x <= max_response))
+    require("factor", factor, "0 or more, since it is subtracted", not_negative)
+    exceed_B = widen(length_B) - (max_response - buffer)
     return jnp.clip(-exceed_B / buffer * factor, -factor, 0.0)
