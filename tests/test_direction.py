@@ -260,6 +260,26 @@ def test_extrapolate_with_excluded_tokens(wrap):
     assert not np.isnan(run(nothing, nothing, 0.3)).any()
 
 
+def test_extrapolate_takes_the_limit_of_a_small_base_probability(wrap):
+    """Base excludes two of four tokens: what is left is shared as rl^(1 + gamma), as where base is nearly 0 there."""
+    rl = np.log(np.array([[0.1, 0.2, 0.3, 0.4]] * 3, np.float32))
+    base = np.log(np.array([[0.5, 0.5, 1, 1]] * 3, np.float32))
+    gamma = np.array([1.0, 0.25, 3.0], np.float32)
+    share = 0.3 ** (1 + gamma) / (0.3 ** (1 + gamma) + 0.4 ** (1 + gamma))
+    for floor in (-INF, -1e4):
+        base[:, 2:] = floor
+        got = np.exp(wrap(extrapolate)(base, rl, gamma))
+        np.testing.assert_allclose(got, np.stack([0 * share, 0 * share, share, 1 - share], axis=1), atol=2e-3)
+    # One row's exclusion is not another's, and gamma = 0 beside it stays rl.
+    base[1:] = np.log(0.25)
+    got = np.exp(wrap(extrapolate)(base, rl, np.array([0.0, 1.0, 0.0], np.float32)))
+    np.testing.assert_allclose(
+        got, [[0.1, 0.2, 0.3, 0.4], [1 / 30, 4 / 30, 9 / 30, 16 / 30], [0.1, 0.2, 0.3, 0.4]], rtol=1e-5
+    )
+    # A large gamma leaves the token that gained most.
+    np.testing.assert_allclose(np.exp(wrap(extrapolate)(base[1:], rl[1:], 1e6)), [[0, 0, 0, 1]] * 2, atol=1e-6)
+
+
 # The published rule, written again with dictionaries as an engine returns them.
 def engine_list(logp, k, token=None):
     listed = {int(v): float(logp[v]) for v in np.argsort(-logp, kind="stable")[:k]}

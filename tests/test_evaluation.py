@@ -98,6 +98,24 @@ def test_maj_is_the_mean_over_all_subsets_or_near_it():
     assert sampled[0] == pytest.approx(brute, abs=0.05)
 
 
+def test_random_subsets_hold_every_sample_at_most_once():
+    """11 of 20 samples say "a", so of any 19 different ones at least 10 do. With replacement "b" might win."""
+    answers = [["a"] * 11 + ["b"] * 9] * 6
+    correct = np.array([[1] * 11 + [0] * 9] * 6)
+    np.testing.assert_array_equal(maj_per_problem(correct, answers, 19, resamples=15), 1)
+
+
+def test_random_subsets_are_drawn_anew_for_every_problem():
+    """One sample of 20 is right, the first: of 7 draws of one sample few find it, and not in each problem alike."""
+    correct = np.array([[1] + [0] * 19] * 40)
+    answers = [["a"] + ["b"] * 19] * 40
+    found = maj_per_problem(correct, answers, 1, resamples=7)
+    assert found.mean() == pytest.approx(1 / 20, abs=0.05)
+    assert len(set(found)) > 1
+    np.testing.assert_array_equal(found, maj_per_problem(correct, answers, 1, resamples=7))
+    assert not np.array_equal(found, maj_per_problem(correct, answers, 1, resamples=7, seed=1))
+
+
 def test_an_interval_solves_wilsons_equation():
     """Its ends are where the mean is t standard errors away, the variance taken at the ends."""
     values = np.array([0, 0, 0.25, 0.5, 1, 1, 1, 0.75])

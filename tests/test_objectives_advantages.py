@@ -72,6 +72,16 @@ def test_small_spread_on_a_large_offset_is_kept(run):
     np.testing.assert_allclose(run(scores, np.zeros(4, int)), reference(scores, [0] * 4), rtol=1e-5)
 
 
+def test_the_mean_of_large_scores_is_not_rounded(run):
+    """float32 holds these scores, but not their mean: half a unit in its last place is a twentieth of their spread."""
+    rng = np.random.default_rng(3)
+    for size in (3, 7, 11):
+        scores = (3e5 + rng.integers(16, size=size) / 32).astype(np.float32)
+        np.testing.assert_allclose(
+            run(scores, np.zeros(size, int)), reference(np.float64(scores), [0] * size), atol=2e-5
+        )
+
+
 def test_padding_rows_belong_to_no_group(run):
     scores = np.array([1, -1, 1, 99, np.nan], np.float32)
     group = np.array([0, 0, 0, -1, -1])

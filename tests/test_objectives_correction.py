@@ -12,6 +12,14 @@ def wrap(request):
     return jax.jit if request.param == "jit" else lambda f: f
 
 
+def test_a_small_difference_is_not_lost_to_rounding():
+    """exp(d) - d - 1 is d^2 / 2 near 0; 1 + d + d^2 / 2 would lose it in float32."""
+    ones = np.ones((1, 1), np.float32)
+    for d in (1e-3, -1e-3, 1e-4):
+        got = kl_penalty(-np.float32(d) * ones, 0 * ones, ones)
+        np.testing.assert_allclose(got, d**2 / 2, rtol=2e-3)
+
+
 def test_kl_penalty_by_hand(wrap):
     d = np.array([[0.0, np.log(2), -np.log(4), 25.0, 1.0]])
     logp, mask = np.full_like(d, -30.0), np.array([[1, 1, 1, 1, 0]])

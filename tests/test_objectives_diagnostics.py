@@ -99,3 +99,8 @@ def test_weights_and_their_statistics():
     assert got == pytest.approx({"mean": 1.0, "std": np.sqrt(0.1), "min": 0.5, "max": 1.5, "change": 0.2})
     none = weight_statistics(token_weights(reweighted, plain * 0, mask))
     assert none == {"mean": 1.0, "std": 0.0, "min": 1.0, "max": 1.0, "change": 0.0}
+
+
+def test_the_gradient_of_a_token_that_is_nearly_certain():
+    got = logit_gradient_l1(np.full((1, 1), 3.0, np.float32), np.full((1, 1), -1e-9, np.float32))
+    np.testing.assert_allclose(got, 6e-9, rtol=1e-5)

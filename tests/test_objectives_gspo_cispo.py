@@ -137,6 +137,24 @@ def test_cispo_by_hand(wrap):
     assert got["ratio"] == pytest.approx((CISPO[:, 0].sum(), 6))
 
 
+def test_the_default_bounds(wrap):
+    """CISPO: 5 above and none below. GSPO: 1 - 3e-4 and 1 + 4e-4. DAPO: 0.8, 1.28, and 10 where A < 0."""
+    ratio, one = np.array([[5.5, 4.9, 1e-3, 1.0005, 0.9996, 30.0]]), np.ones((1, 6))
+    old = -np.log(ratio) - 1
+    loss, metrics = wrap(cispo_loss)(-one, old, one, one)
+    np.testing.assert_allclose(loss, np.minimum(ratio, 5.0), rtol=1e-12)
+    assert (float(metrics["clip_fraction_low"][0]), float(metrics["clip_fraction_high"][0])) == (0, 2)
+    rows = [x.reshape(6, 1) for x in (-one, old, one)]  # a response each
+    loss, _ = wrap(gspo_loss)(*rows, rows[2])
+    np.testing.assert_allclose(-loss[:, 0], np.minimum(ratio[0], 1.0004), rtol=1e-12)
+    loss, _ = wrap(gspo_loss)(*rows[:2], -rows[2], rows[2])
+    np.testing.assert_allclose(loss[:, 0], np.maximum(ratio[0], 1 - 3e-4), rtol=1e-12)
+    loss, _ = wrap(policy_loss)(-one, old, one, one)
+    np.testing.assert_allclose(-loss, np.minimum(ratio, 1.28), rtol=1e-12)
+    loss, _ = wrap(policy_loss)(-one, old, -one, one)
+    np.testing.assert_allclose(loss, np.clip(ratio, 0.8, 10), rtol=1e-12)
+
+
 def test_cispo_is_reinforce_with_a_bounded_weight():
     """Against central differences of sum w A logp with w held fixed, and the policy gradient where no bound holds."""
     logp, old, advantages, mask = batch(1)

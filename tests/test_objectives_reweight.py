@@ -160,6 +160,15 @@ def test_weights_carry_no_gradient_and_advantages_do():
         np.testing.assert_allclose(d_advantages, weights, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "alpha", "weight"), [("current_focal", 1.0, 1e-9), ("middle", 0.0, 1e-9), ("inverse", 1e-9, 0.5e9)]
+)
+def test_a_probability_near_one_keeps_its_distance_from_it(run, kind, alpha, weight):
+    """p = 1 - 1e-9, which is 1 in float32: the weights are of 1 - p, not of p rounded."""
+    one = np.ones((1, 1), np.float32)
+    np.testing.assert_allclose(run(kind, one, -1e-9 * one, one, alpha=alpha), weight, rtol=1e-5)
+
+
 def test_a_log_probability_rounded_above_zero():
     logp = np.full((1, 1), 1e-7, np.float32)
     one = np.ones((1, 1), np.float32)
