@@ -148,7 +148,8 @@ class DecodeConfig:
       prompt_suffix: appended to the stripped user turn
       template_args: arguments of the chat template, such as enable_thinking=false
       tokenizer: folder of the tokenizer and chat template; default: rl where given, else base
-      stop_token_ids: end of a response; default: those of the tokenizer and of the models' generation_config.json
+      stop_token_ids: end of a response; default: those of the tokenizer and of the models' generation_config.json, or
+        of config.json where that names none
       graders: math_verify (last boxed answer), dapo_answer (last "Answer:" line), reasoning_gym (of its problems), or
         "module:function" of your own; the first decides the published `accs`
       grader_workers: grading processes for each grader

@@ -154,3 +154,15 @@ def test_broken_tokenizer_files(name, text, tmp_path):
         return  # a setting that nothing reads
     with pytest.raises(ValueError, match=r"no tokenizer can be loaded|no chat template"):
         render_chat(load_tokenizer(tmp_path), user("1"))
+
+
+def test_files_larger_than_any_tokenizer(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        with open(tmp_path / name, "r+b") as file:
+            size = file.seek(0, 2)
+            file.truncate((1 << 28) + 1)  # a hole: no byte is written
+            with pytest.raises(ValueError, match=rf"{name}: more than 268,435,456 bytes"):
+                load_tokenizer(tmp_path)
+            file.truncate(size)
+    assert render_chat(load_tokenizer(tmp_path), user("1"))

@@ -32,7 +32,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path: a folder, a URL of one (`rlvr_jax.remote`), or a name on the Hugging Face hub.
 
     Raises:
-        ValueError: no tokenizer there, or one that cannot be read.
+        ValueError: no tokenizer there, or one that cannot be read; naming the folder or the file.
     """
     path = local(str(path), TEXT_FILES)
     folder = Path(path)
@@ -40,9 +40,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{folder}: no tokenizer.json in this folder")
     if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~")) or len(folder.parts) > 2):
         raise ValueError(f"{folder}: no such folder, expected one with tokenizer.json, or a hub name")
-    for file in folder.glob("*.json") if folder.is_dir() else ():
-        if file.name.startswith(("tokenizer", "added_tokens", "special_tokens")) and file.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"{file}: more than {_MOST_BYTES:,} bytes, which no tokenizer has")
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.suffix in (".json", ".jinja", ".txt") and file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{file}: more than {_MOST_BYTES:,} bytes, which no file of a tokenizer has")
     try:
         tokenizer = Tokenizer.from_pretrained(str(path))
         decode_ids(tokenizer, encode_text(tokenizer, "1"))  # some settings are first read here

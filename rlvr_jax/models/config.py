@@ -147,8 +147,9 @@ class QwenConfig:
           The config.
 
         Raises:
-          ValueError: another architecture, a mixture of experts, a sliding window in use, another rope scaling than
-            YaRN, a quantised checkpoint, a missing key or an unknown override; each named.
+          ValueError: another architecture, a mixture of experts, a sliding window that a token would feel, another rope
+            scaling than YaRN, a quantised checkpoint, a missing key, a value of another type or beyond its bounds, or
+            an unknown override; each named with the file.
           FileNotFoundError: no such file.
         """
         unknown = set(overrides) - {field.name for field in dataclasses.fields(cls)}
