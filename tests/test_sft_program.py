@@ -64,7 +64,7 @@ def test_loss_is_the_mean_over_assistant_tokens_alone(place):
     def apply(params, tokens, positions, segments):
         return hidden_states(job.model_config, params, tokens, positions, segments), params["embed"].T
 
-    rows = Rows(conversations, [np.arange(10)], most_rows=16, shards=1).of(np.arange(10))
+    rows = Rows(conversations, 10, most_rows=16, shards=1).of(np.arange(10))
     mask_RT = rows.spread(rows.response_NR.astype(np.int32))
     batch = {"tokens_BT": rows.tokens, "segment_BT": rows.segments, "loss_mask_BT": mask_RT}
     (total, weight), _ = make_loss(chunk=8)(apply, params, jax.tree.map(jnp.asarray, batch))

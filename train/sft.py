@@ -6,7 +6,6 @@ that is how a base model is born. The loss is the mean over the last assistant t
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import sys
 import time
@@ -64,7 +63,6 @@ from train.same_run import model_inputs, record_of, write_record
 from train.sft_rows import Conversation, Rows, encode
 from train.sft_step import make_loss, update
 
-SAMPLE = 64  # batches by which the shape of the rows is chosen
 SHOWN = {
     "loss": ("loss", ".4f"),
     "lr": ("lr", ".2e"),
@@ -274,7 +272,7 @@ def run(job: SFTJob) -> None:
         batches = prompt_batches(job.conversations, config.batch, config.seed)
         packer = Rows(
             job.conversations,
-            list(itertools.islice(prompt_batches(job.conversations, config.batch, config.seed), SAMPLE)),
+            config.batch,
             most_rows=config.batch // config.micro_batches,
             shards=job.mesh.shape["data"] * job.mesh.shape["fsdp"],
         )

@@ -1,7 +1,6 @@
 """Conversations of an optimizer step, packed side by side into rows, so that a long one costs its own step alone."""
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from train.packed import PackedRows
 log = logging.getLogger(__name__)
 
 _SHORTEST_ROW = 128  # tokens
+_SAMPLE = 256  # batches
 _PART = 1 / 8  # what a part costs besides its rows, in the rows of a step: a compiled call, and a gradient to add
 
 
@@ -50,23 +50,23 @@ def encode(tokenizer: Tokenizer, source: Source, max_tokens: int, **template_arg
 class Rows:
     """How the conversations of each step lie in rows.
 
-    A step's rows are as long as its longest conversation, rounded up to a power of two, at most the longest of all.
-    They pass through the model in parts of one number of rows per length, the cheapest for `sample`. So few shapes
-    are compiled. Nothing depends on the steps made before, hence a resumed run packs alike.
+    A step's rows are as long as the longest conversation of all, or half, a quarter, ... of it, as short as the step's
+    own conversations allow. They pass through the model in parts of one number of rows per length, the cheapest for
+    random batches. So few shapes are compiled. Nothing depends on the steps before: a resumed run packs alike.
 
     Args:
       conversations: all of them.
-      sample: batches of indices into them, as the run will draw them.
+      batch: how many a step has.
       most_rows: rows of the longest length that may be in a part, a multiple of `shards`.
       shards: a part has a multiple of so many rows.
     """
 
-    def __init__(
-        self, conversations: Sequence[Conversation], sample: Sequence[np.ndarray], *, most_rows: int, shards: int
-    ):
+    def __init__(self, conversations: Sequence[Conversation], batch: int, *, most_rows: int, shards: int):
         self._conversations, self._most_rows, self._shards = conversations, most_rows, shards
         self.lengths_N = np.array([len(one.tokens) for one in conversations])
-        self._sample = [self.lengths_N[batch] for batch in sample]
+        random, epochs = np.random.default_rng(0), -(-_SAMPLE * batch // len(conversations))
+        order = np.concatenate([random.permutation(self.lengths_N) for _ in range(epochs)])
+        self._sample = order[: _SAMPLE * batch].reshape(_SAMPLE, batch)  # the lengths of so many batches
         self._part_rows: dict[int, int] = {}
 
     def of(self, batch: np.ndarray) -> PackedRows:
@@ -86,10 +86,13 @@ class Rows:
         )
 
     def _row_length(self, lengths_B: np.ndarray) -> int:
-        power = 1 << math.ceil(math.log2(max(_SHORTEST_ROW, lengths_B.max())))
-        return int(min(power, self.lengths_N.max()))
+        length = int(self.lengths_N.max())
+        while (half := -(-length // 2)) >= max(_SHORTEST_ROW, lengths_B.max()):
+            length = half
+        return length
 
     def _rows_of_a_part(self, length: int) -> int:
+        """Of the sizes that memory allows, the one by which the sampled batches cost least in all."""
         if length not in self._part_rows:
             shards = self._shards
             rows_S = np.array([pack(x, length).rows for x in self._sample if x.max() <= length] or [shards])
