@@ -2,15 +2,11 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from decode.calibrate import known_thresholds
 from decode.config import Setting
@@ -20,18 +16,18 @@ from decode.summary import (
     Outcome,
     alone,
     difference,
-    percent,
-    ranged,
     references,
     sampling_of,
-    signed,
     summarise,
     write_csv,
+    write_table,
 )
+from decode.tables import print_settings
 from rlvr_jax.files import write_json
 from rlvr_jax.lock import lock
 from rlvr_jax.program import parse_flags
 from rlvr_jax.remote import local
+from rlvr_jax.tables import screen
 
 MATTERS = (
     *("base", "rl", "tokenizer", "prompt_suffix", "max_new_tokens", "stop_token_ids"),
@@ -47,7 +43,7 @@ class CompareConfig:
       runs: folders that `python -m decode` wrote, finished or not
       against: setting that all are compared with, SETTING or RUN/SETTING; default: for each setting the rl model alone,
         sampled in the same way, of its own run or of one that differs in nothing else
-      out: folder for compare.json, compare.csv and compare.png
+      out: folder for compare.json, compare.csv, compare.txt and compare.png
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]
@@ -111,7 +107,7 @@ def read(config: CompareConfig) -> Comparison:
 
 
 def run(comparison: Comparison) -> None:
-    """Writes compare.json, compare.csv and compare.png, and prints the table."""
+    """Writes compare.json, compare.csv, compare.txt and compare.png, and prints the table."""
     with lock(comparison.config.out):
         _write(comparison)
 
@@ -133,11 +129,12 @@ def _write(comparison: Comparison) -> None:
     )
     write_csv(out / "compare.csv", records)
     draw(out / "compare.png", records, lines)
-    screen = Console(width=None if sys.stdout.isatty() else 140)
-    screen.print(_table(records))
+    write_table(out / "compare.txt", records)
+    out_screen = screen()
+    print_settings(out_screen, records, out / "compare.txt")
     for note in notes:
-        screen.print(note, markup=False, highlight=False, soft_wrap=True)
-    screen.print(f"figure: {out / 'compare.png'}", markup=False, highlight=False, soft_wrap=True)
+        out_screen.print(note, markup=False, highlight=False, soft_wrap=True)
+    out_screen.print(f"figure: {out / 'compare.png'}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_folder(folder: Path) -> None:
@@ -326,35 +323,3 @@ def _record(one: Found, against: Found | None) -> dict[str, Any]:
     if against is not None:
         record["difference"] = difference(one.outcome, against.outcome) | {"against": against.label}
     return record
-
-
-def _table(records: Sequence[dict[str, Any]]) -> Table:
-    ks = {record["k"] for record in records}
-    k = str(ks.pop()) if len(ks) == 1 else "k"
-    many = len({record["run"] for record in records}) > 1
-    title = f"{records[0]['problems']} problems, {k} samples each; shares in %, 95% intervals over problems"
-    against = {record["difference"]["against"] for record in records if "difference" in record}
-    if against:
-        said = against.pop() if len(against) == 1 else "rl alone, sampled in the same way"
-        title += f"\ndifference: Avg@{k} less that of {said if many else said.rpartition('/')[2]}, paired"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    if many:
-        table.add_column("run", overflow="fold")
-    table.add_column("", no_wrap=True)
-    table.add_column("setting", overflow="fold", min_width=16)
-    for heading in (f"Avg@{k}", f"Pass@{k}", f"maj@{k}", "select", "change", "difference"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for record in records:
-        last = str(record["k"])
-        table.add_row(
-            *([record["run"]] if many else []),
-            ("c" if record["role"] != "setting" else "") + ("*" if record["unfinished"] else ""),
-            record["setting"],
-            ranged(record["avg_at_k"], record["interval"]),
-            ranged(record["pass_at_k"][last], record["pass_intervals"][last]),
-            ranged(record["maj_at_k"], record["maj_interval"]),
-            percent(record["share_selected"]),
-            percent(record["share_changed"]),
-            signed(record.get("difference", {}).get("avg_at_k")),
-        )
-    return table

@@ -163,6 +163,7 @@ class DecodeConfig:
         compile_cache in out, or that of JAX_COMPILATION_CACHE_DIR where it is set; None: none is kept
       distributed: the processes of a run over several hosts
       save_tokens: also write tokens.parquet: ids, log-probabilities, delta log-probabilities and where it fired
+      print_table: print the table of the settings at the end; summary.txt has it in any case
     """
 
     base: str | None = None
@@ -198,6 +199,7 @@ class DecodeConfig:
     mesh: MeshConfig = MeshConfig()
     compile_cache: str | None = "auto"
     save_tokens: bool = False
+    print_table: bool = True
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 

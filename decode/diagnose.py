@@ -213,7 +213,8 @@ def _score(job: Job, given: list[Given], preemption: Preemption) -> None:
     stretches = list(_stretches(given))
     done = {key for path in part_names(parts).values() for key in _keys(path)}
     missing = [[one for one in stretch if one.tokens and one.key not in done] for stretch in stretches]
-    progress = DecodeProgress(len(given), len(given) - sum(map(len, missing)))
+    work = sum(len(one.tokens) for stretch in missing for one in stretch)
+    progress = DecodeProgress(len(given), len(given) - sum(map(len, missing)), work=work)
     with progress:
         if any(missing):
             models = [

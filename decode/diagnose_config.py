@@ -56,8 +56,9 @@ class DiagnoseConfig:
     Attributes:
       base: Hugging Face checkpoint folder of the base model
       rl: Hugging Face checkpoint folder of the model trained from it
-      responses: files of responses to score: seedN.json of a decoding run (or its rows), or .jsonl with prompt (text as
-        the model reads it) or messages, response, and if known answer, correct, problem, sample, source, tokens
+      responses: responses to score: the folder of a decoding or training run, or files: seedN.json of a decoding run,
+        rollouts/step_N.jsonl of a training run, or .jsonl with prompt (text as the model reads it) or messages,
+        response, and if known answer, correct, problem, sample, source, tokens
       problems: instead of responses: a problem file; n responses to each are decoded from base and from rl
       out: folder of the results; an earlier run in it is resumed
       n: responses a problem and model (problems)
@@ -152,7 +153,7 @@ def check(config: DiagnoseConfig) -> None:
             raise ValueError(f"{role} missing: a diagnosis compares two models; give --{role} FOLDER")
     if bool(config.responses) == bool(config.problems):
         given = "both are given" if config.problems else "neither is given"
-        raise ValueError(f"responses and problems: expected one of --responses FILE and --problems FILE, {given}")
+        raise ValueError(f"responses and problems: expected one of --responses PATH and --problems FILE, {given}")
     for key in ("n", "top", "batch_tokens", "chunk", "max_new_tokens", "grader_workers"):
         if getattr(config, key) < 1:
             raise ValueError(f"{key} = {getattr(config, key)}: expected 1 or more")

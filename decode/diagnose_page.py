@@ -1,7 +1,6 @@
 """From the files of a diagnosis to what is looked at: findings.json, the figures, the page."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from rich.console import Console
-from rich.table import Table
 
 from decode.diagnose_config import FindingsConfig, PageConfig
 from decode.results import read_json
@@ -21,6 +19,7 @@ from rlvr_jax.microscope.figures import figures
 from rlvr_jax.microscope.files import Response, TokenTable
 from rlvr_jax.microscope.findings import Options, findings
 from rlvr_jax.microscope.page import write_page
+from rlvr_jax.tables import Column, fitted, screen
 
 _PLAIN: Any = {"markup": False, "highlight": False, "soft_wrap": True}
 
@@ -52,10 +51,10 @@ def draw_results(folder: Path, settings: FindingsConfig, page: PageConfig) -> No
         figures=drawn,
         note=_note(folder, found, page, len(shown)),
     )
-    _print(found)
-    screen = Console(width=None if sys.stdout.isatty() else 140)
-    screen.print(f"findings: {folder / 'findings.json'}, figures: {folder / 'figures'}", **_PLAIN)
-    screen.print(f"page: {folder / 'page.html'} ({size / 1e6:.1f} MB, {len(shown)} responses)", **_PLAIN)
+    out = screen()
+    _print(out, found)
+    out.print(f"findings: {folder / 'findings.json'}, figures: {folder / 'figures'}", **_PLAIN)
+    out.print(f"page: {folder / 'page.html'} ({size / 1e6:.1f} MB, {len(shown)} responses)", **_PLAIN)
 
 
 def joined(tables: Sequence[TokenTable]) -> TokenTable:
@@ -136,26 +135,30 @@ def _short(path: str) -> str:
     return path if short.startswith("..") else short
 
 
-def _print(found: dict[str, Any]) -> None:
-    """The figures that are read first."""
-    screen = Console(width=None if sys.stdout.isatty() else 140)
-    table = Table("responses of", "responses", "tokens", "mean Δlogp", box=None, header_style="bold")
-    first = next(iter(found["delta_logp_tails"].values()))[0]["threshold"]
-    table.add_column(f"Δlogp ≤ −{first:g}")
-    table.add_column(f"Δlogp ≥ {first:g}")
-    for source, one in found["sources"].items():
-        tails = found["delta_logp_tails"][source][0]
-        table.add_row(
-            *(source, f"{one['responses']:,}", f"{one['tokens']:,}", _said(one["mean_delta_logp"], 1, ".4f")),
-            *(_said(tails[side], 100, ".2f") + " %" for side in ("below", "above")),
-        )
-    screen.print(table)
+def _print(out: Console, found: dict[str, Any]) -> None:
+    """The numbers that are read first."""
+    tails = [found["delta_logp_tails"][source][0] for source in found["sources"]]
+    columns = [
+        Column("responses of", list(found["sources"]), name=True),
+        Column("mean Δlogp", [_said(one["mean_delta_logp"], 1, ".4f") for one in found["sources"].values()]),
+        *(
+            Column(
+                f"Δlogp {sign}{tails[0]['threshold']:g} (%)", [_said(tail[side], 100, ".2f") for tail in tails], rank
+            )
+            for rank, (side, sign) in enumerate((("below", "≤ −"), ("above", "≥ ")), start=1)
+        ),
+        Column("responses", [f"{one['responses']:,}" for one in found["sources"].values()], 4),
+        Column("tokens", [f"{one['tokens']:,}" for one in found["sources"].values()], 3),
+    ]
+    out.print(fitted("", columns, out.width)[0])
     both = {name: one for name, one in found["histograms"].items() if "overlap" in one}
     if both:
-        table = Table("overlap of base's and rl's responses", "of all tokens", "of the tail", box=None)
-        for name, one in both.items():
-            table.add_row(name, _said(one["overlap"], 1, ".3f"), _said(one["overlap_tail"], 1, ".3f"))
-        screen.print(table)
+        columns = [
+            Column("base and rl overlap in", list(both), name=True),
+            Column("of all tokens", [_said(one["overlap"], 1, ".3f") for one in both.values()]),
+            Column("of the tail", [_said(one["overlap_tail"], 1, ".3f") for one in both.values()], 1),
+        ]
+        out.print(fitted("", columns, out.width)[0])
 
 
 def _said(interval: dict[str, float | None], times: float, form: str) -> str:

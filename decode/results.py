@@ -29,7 +29,7 @@ from rlvr_jax.run_folder import own_config
 # A later run in the same folder may differ in these; a setting may join or leave, but not change under its name.
 FREE_TO_CHANGE = (
     *("out", "setting", "settings", "grid", "match_rate", "controls", "seeds", "limit"),
-    *("slots", "memory", "block", "mesh", "compile_cache", "distributed"),
+    *("print_table", "slots", "memory", "block", "mesh", "compile_cache", "distributed"),
     *("grader_workers", "grader_sandbox", "unsafe_evaluation"),
 )
 # Of inputs whose path may differ: the fingerprints that then must not.
@@ -54,6 +54,7 @@ class Row:
     name. `invalid`: the logits became not finite, so the response ended there and counts as wrong.
     `fired` holds the positions where the criterion fired, in tokens from the response's start; `original`, `assistant`
     and `resampled` the token ids there: the proposed one, the other model's own draw, and the emitted one.
+    `ids` are the token ids of the whole response (`rlvr_jax.data.token_ids`); rows of older runs have none.
     """
 
     problem: int
@@ -70,6 +71,7 @@ class Row:
     resampled: tuple[int, ...] = ()
     others: dict[str, tuple[bool, str | None, str | None]] = dataclasses.field(default_factory=dict)
     invalid: bool = False
+    ids: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

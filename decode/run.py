@@ -2,25 +2,23 @@
 
 import contextlib
 import dataclasses
-import functools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 
 from decode.calibrate import calibrate, known_thresholds
 from decode.config import DecodeConfig, MeshConfig, Setting
 from decode.draw import Models, Wanted, draw, load, program
 from decode.inputs import Inputs, read_inputs
 from decode.plan import plan
-from decode.progress import DecodeProgress
+from decode.progress import DecodeProgress, FinishedProblems, compilations
 from decode.results import Row, RowLog, TokenParts, check_resume, published, write_config
-from decode.summary import Outcome, remarks, summarise, summary_table, with_differences, write_summaries
+from decode.summary import Outcome, remarks, summarise, with_differences, write_summaries
 from decode.sweep import resolve
+from decode.tables import print_settings
 from decode.writer import Destination, Writer
 from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.decoding.memory import MemoryPlan
@@ -31,6 +29,7 @@ from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, par
 from rlvr_jax.rewards.pool import RULES, GraderPool
 from rlvr_jax.run_folder import RunFolder
 from rlvr_jax.sharding import make_mesh
+from rlvr_jax.tables import screen
 
 DESCRIPTION = "Batch decoding with one or two models. `python -m decode compare RUN RUN ...` compares finished runs."
 
@@ -174,11 +173,11 @@ def _run(job: Job, preemption: Preemption) -> None:
     if not main:
         return
     records = _summarise(out, runs)
-    screen = Console(width=None if sys.stdout.isatty() else 140)
-    screen.print(summary_table(records))
-    for line in remarks(records):
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
-    screen.print(f"results: {job.folder.url or out}", markup=False, highlight=False, soft_wrap=True)
+    out_screen = screen()
+    if config.print_table:
+        print_settings(out_screen, records, out / "summary.txt")
+    for line in (*remarks(records), f"results: {job.folder.url or out}"):
+        out_screen.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _decode(
@@ -193,9 +192,9 @@ def _decode(
     interruptible("decode")
     run_of = {one.decoded.name: one for one in runs}
     shown = runs[0]
-    progress.begin()
+    progress.begin(job.plans[shown.setting.name].slots)
     progress.setting(shown.number, len(job.config.settings), shown.decoded.name)
-    before, compiled = _compilations().count, None
+    before, compiled = compilations().count, None
 
     def on_chunk(rows: int, tokens: int) -> None:
         nonlocal compiled
@@ -214,7 +213,7 @@ def _decode(
             shown = one
             progress.setting(one.number, len(job.config.settings), setting.name)
         if compiled is None:
-            before, compiled = _compilations().count, _compilations().count > before
+            before, compiled = compilations().count, compilations().count > before
         if writer is not None:
             writer.put(one.destination, drawn, compiled=compiled)
         progress.response()
@@ -264,7 +263,8 @@ class _SettingRun:
                 there = [row if key in whole else None for row, key in zip(there, keys, strict=True)]
         self.missing = [wanted[i] for i in cluster().broadcast([i for i, row in enumerate(there) if row is None])]
         self.total, self.done = len(wanted), len(wanted) - len(self.missing)
-        self.correct = sum(row.correct for row in there if row is not None)
+        self.problems = FinishedProblems(len(job.config.seeds) * job.config.n)
+        self.problems.add([(row.problem, row.correct) for row in there if row is not None])
 
     def begin(self, tau: float | None, settled: Callable[[], object], progress: DecodeProgress) -> None:
         """Before decoding: takes the threshold found for its share, and whom to tell when all is on disk."""
@@ -282,8 +282,9 @@ class _SettingRun:
 
     def _written(self, rows: Sequence[Row]) -> None:
         """Called by the writing thread."""
-        self.done, self.correct = self.done + len(rows), self.correct + sum(row.correct for row in rows)
-        self.progress.graded(self.correct, self.done)
+        self.done += len(rows)
+        self.problems.add([(row.problem, row.correct) for row in rows])
+        self.progress.graded(self.setting.name, self.problems, len(self.job.inputs.problems))
         if self.done == self.total:
             self._finish()
             self.settled()
@@ -306,19 +307,3 @@ class _SettingRun:
             tau=self.tau,
         )
         write_json(self.folder / "summary.json", self.outcome.record)
-
-
-class _CompilationCounter:
-    """Counts what XLA compiles, so that decoding speed can be told from compilation."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        self.count += event.endswith("backend_compile_duration")
-
-
-@functools.cache
-def _compilations() -> _CompilationCounter:
-    return _CompilationCounter()

@@ -1,4 +1,4 @@
-"""The account of a decoding run: one record a setting, differences between settings, as JSON, CSV and a table."""
+"""The account of a decoding run: one record a setting, differences between settings, as JSON, CSV and text."""
 
 import csv
 import dataclasses
@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from decode.config import Setting, unmarked
 from decode.results import Row, Timing
-from rlvr_jax.evaluation import NOT_KNOWN, avg_per_problem, maj_per_problem, mean_interval, pass_per_problem
+from decode.tables import settings_text
+from rlvr_jax.evaluation import avg_per_problem, maj_per_problem, mean_interval, pass_per_problem
 from rlvr_jax.files import atomic_path, write_json
 
 # The entries that differ between two equal runs: speed, and what depends on slots and blocks.
@@ -167,7 +166,7 @@ def references(one: Outcome, among: Sequence[Outcome]) -> dict[str, Outcome]:
         role = alone(other.setting)
         if role is not None and sampling_of(other.setting) == sampling:
             found.setdefault(role, other)
-        if one.setting.gamma > 0 and unmarked(other.setting) == unmarked(dataclasses.replace(one.setting, gamma=0.0)):
+        if unmarked(other.setting) == unmarked(dataclasses.replace(one.setting, gamma=0.0)):
             found.setdefault("gamma0", other)
     return {role: other for role, other in found.items() if other is not one}
 
@@ -203,13 +202,20 @@ def remarks(records: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-# ---- as files and as a table ---------------------------------------------------------------------------------------
+# ---- as files ------------------------------------------------------------------------------------------------------
 
 
 def write_summaries(folder: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Writes summary.json, a list with one record a setting, and summary.csv, the same flat."""
+    """Writes summary.json, a list with one record per setting, and the same flat: summary.csv, summary.txt to read."""
     write_json(folder / "summary.json", list(records))
     write_csv(folder / "summary.csv", records)
+    write_table(folder / "summary.txt", records)
+
+
+def write_table(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """The records as a table with all its rows and columns."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(settings_text(records), encoding="utf-8")
 
 
 def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -223,44 +229,6 @@ def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
         temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
 
 
-def summary_table(records: Sequence[dict[str, Any]]) -> Table:
-    """The summaries as a table for a terminal of 100 columns or more.
-
-    `- rl`, `- base`, `- g0`: Avg@k less that of the rl model, the base model, the same setting at gamma = 0, with the
-    95% interval of the paired difference. `ended`: share of responses that drew a stop. Controls are marked `c`.
-    """
-    ks = {record["k"] for record in records}
-    k = str(ks.pop()) if len(ks) == 1 else "k"
-    title = f"{records[0]['problems']} problems, {k} samples each; shares in %, 95% intervals over problems"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    compared = [
-        (role, heading)
-        for role, heading in (("rl", "- rl"), ("base", "- base"), ("gamma0", "- g0"))
-        if any(role in record.get("differences", {}) for record in records)
-    ]
-    table.add_column("", no_wrap=True)
-    table.add_column("setting", overflow="fold", min_width=16)
-    for heading in (f"Avg@{k}", f"Pass@{k}", f"maj@{k}", *(heading for _, heading in compared)):
-        table.add_column(heading, justify="right")
-    for heading in ("select", "change", "length", "ended", "tok/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for record in records:
-        table.add_row(
-            "" if record["role"] == "setting" else "c",
-            record["setting"],
-            ranged(record["avg_at_k"], record["interval"]),
-            ranged(record["pass_at_k"][str(record["k"])], record["pass_intervals"][str(record["k"])]),
-            ranged(record["maj_at_k"], record["maj_interval"]),
-            *(signed(record.get("differences", {}).get(role, {}).get("avg_at_k")) for role, _ in compared),
-            percent(record["share_selected"]),
-            percent(record["share_changed"]),
-            f"{record['mean_length']:.0f}",
-            percent(record["share_finished"]),
-            f"{record['tokens_per_second']:.0f}",
-        )
-    return table
-
-
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested objects as columns `a.b`, intervals as `_low` and `_high`, lists of names with spaces between."""
     out: dict[str, Any] = {}
@@ -272,23 +240,3 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[f"{prefix}{key}"] = " ".join(map(str, value)) if isinstance(value, list) else value
     return out
-
-
-def percent(share: float) -> str:
-    """A share for a table."""
-    return f"{100 * share:.1f}"
-
-
-def ranged(value: float, interval: Sequence[float] | None) -> str:
-    """A share above its interval, for a table."""
-    return f"{percent(value)}\n" + (NOT_KNOWN if interval is None else "-".join(map(percent, interval)))
-
-
-def signed(found: dict[str, Any] | None) -> str:
-    """A difference above its interval, for a table; empty where there is none."""
-    if found is None:
-        return ""
-    interval = found["interval"]
-    return f"{100 * found['difference']:+.1f}\n" + (
-        NOT_KNOWN if interval is None else " ".join(f"{100 * end:+.1f}" for end in interval)
-    )

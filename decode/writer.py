@@ -12,6 +12,7 @@ import numpy as np
 from decode.draw import Drawn
 from decode.inputs import Inputs
 from decode.results import Row, RowLog, Timing, TokenParts
+from rlvr_jax.data.token_ids import pack_ids
 from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded, GraderPool
 
@@ -147,6 +148,7 @@ class Writer:
                 name: (v.correct, v.prediction, v.error) for name, v in verdicts.items() if name != self.graders[0]
             },
             invalid=one.invalid,
+            ids=pack_ids(one.tokens),
             **_fired(one, replaces),
         )
 

@@ -12,7 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from decode.summary import summary_table
+from decode.summary import write_summaries
+from decode.tables import print_settings
 from demo import figure, study, task
 from rlvr_jax.checkpoint import check_place
 from rlvr_jax.files import atomic_path, write_json
@@ -82,7 +83,8 @@ def _run(demo: Demo) -> None:
     stage(6, "table and figure")
     summaries = [s for name in ("alone", "pair") for s in json.loads((out / name / "summary.json").read_text())]
     figure.draw(out / "demo.png", metrics=out / "dapo" / "metrics.jsonl", alone=out / "alone", summaries=summaries)
-    report(summaries)
+    write_summaries(out, summaries)
+    report(summaries, out / "summary.txt")
     console.print(f"\nfigure: {out / 'demo.png'}   models: {base}, {rl}   {time.monotonic() - started:.0f} s in all")
 
 
@@ -112,7 +114,7 @@ def decode(
             "config = DecodeConfig(\n"
             f"    base={str(base)!r},\n    rl={str(rl)!r},\n    problems={str(problems)!r},\n"
             f"    out={str(Path(demo.out) / name)!r},\n    seeds=({demo.seed},),\n    n={demo.n},\n"
-            f"    max_new_tokens=48,\n    slots=256,\n    save_tokens={save_tokens},\n"
+            f"    max_new_tokens=48,\n    slots=256,\n    save_tokens={save_tokens},\n    print_table=False,\n"
             f"    calibration=Calibration(responses={demo.problems * demo.n}),\n"
             f"    settings=(\n        {lines},\n    ),\n)\n"
         )
@@ -131,10 +133,10 @@ def stage(number: int, text: str) -> None:
     console.print(f"\n[bold][{number}/{STAGES}][/bold] {text}", highlight=False)
 
 
-def report(summaries: list[dict]) -> None:
-    """The table, and in words what it shows and what it does not."""
+def report(summaries: list[dict], file: Path) -> None:
+    """The rows that are looked for first, and in words what they show and what they do not; `file` has all rows."""
     by_name = {summary["setting"]: summary for summary in summaries}
-    console.print(summary_table(summaries))
+    print_settings(console, summaries, file)
     for line in findings(by_name):
         console.print(f"* {line}", highlight=False, soft_wrap=True)
 

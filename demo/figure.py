@@ -76,7 +76,11 @@ def _histogram(axes: Axes, alone: Path) -> None:
 def _replacement(axes: Axes, by_name: dict[str, dict]) -> None:
     for criterion, colour in COLOURS.items():
         points = sorted(
-            (100 * s["share_selected"], 100 * s["avg_at_k"], [100 * bound for bound in s["interval"]])
+            (
+                100 * s["share_selected"],
+                100 * s["avg_at_k"],
+                [100 * bound for bound in s["interval"] or (np.nan, np.nan)],
+            )
             for name, s in by_name.items()
             if name.startswith(f"replace_{criterion}_")
         )

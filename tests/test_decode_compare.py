@@ -25,6 +25,15 @@ from train import config as train_config
 from train import sft
 
 PROBLEMS = range(6)
+DRAW = compare.draw
+
+
+@pytest.fixture(autouse=True)
+def no_figure(monkeypatch):
+    """Drawing takes a second; the test of the figure does it."""
+    monkeypatch.setattr(compare, "draw", lambda *_: None)
+
+
 BASE, RL = Setting("base", "base", role="base"), Setting("rl", "rl", role="rl")
 COLD = Setting("rl_cold", "rl", temperature=0.3, role="temperatures")
 
@@ -67,7 +76,8 @@ def run(*runs: str, out: Path, against: str | None = None) -> dict[str, dict]:
     return records(out)
 
 
-def test_two_runs_in_one_table(tmp_path, capsys):
+def test_two_runs_in_one_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "draw", DRAW)
     one = write_run(tmp_path / "one", {delta("kl", "kl", tau=0.1): 4, RL: 3, BASE: 1})
     two = write_run(tmp_path / "two", {delta("delta", gamma=0.1): 5, delta("redraw"): 4, COLD: 6}, fired=3)
     found = run(one, two, out=tmp_path / "out")
@@ -152,8 +162,9 @@ def test_a_line_is_of_the_same_problems_and_samples(tmp_path, monkeypatch):
     assert found["both/delta"]["difference"]["against"] == "both/rl"
 
 
-def test_one_problem_has_no_interval(tmp_path, capsys):
+def test_one_problem_has_no_interval(tmp_path, capsys, monkeypatch):
     """A single problem says nothing of others: no interval of width zero, in no file and no figure."""
+    monkeypatch.setattr(compare, "draw", DRAW)
     folder = write_run(tmp_path / "one", {RL: 3, delta("delta"): 6})
     for log in (tmp_path / "one").glob("*/*.rows.jsonl"):
         log.write_text("".join(line + "\n" for line in log.read_text().split("\n") if '"problem": 5' in line))
@@ -194,6 +205,11 @@ def test_an_unfinished_run_says_so(tmp_path, capsys):
     assert (found["problems"], found["difference"]["problems"]) == (4, 4)
     assert found["difference"]["avg_at_k"]["difference"] == pytest.approx(1 / 4)  # 4 of 4 against 3 of the same 4
     assert "one/delta is unfinished: 4 of 6 problems" in capsys.readouterr().out
+    # A later command with fewer problems: what is there of the others does not count.
+    problems = tmp_path / "one" / "problems.json"
+    problems.write_text(json.dumps([one for one in json.loads(problems.read_text()) if one["index"] != 0]))
+    found = run(folder, out=tmp_path / "out")["one/delta"]
+    assert (found["problems"], found["unfinished"]) == (3, "3 of 5 problems are there, 3 responses missing")
     log.unlink()
     assert list(run(folder, out=tmp_path / "out")) == ["one/rl"]
     assert "one/delta is left out" in capsys.readouterr().out

@@ -156,7 +156,7 @@ def test_every_response_of_a_chunk_waited_for_a_compilation(monkeypatch):
             counter.count += compiled
             yield from [(RL, None)] * 2
 
-    monkeypatch.setattr(decode.run, "_compilations", lambda: counter)
+    monkeypatch.setattr(decode.run, "compilations", lambda: counter)
     monkeypatch.setattr(decode.run, "draw", draw)
     writer = types.SimpleNamespace(put=lambda destination, drawn, *, compiled: flags.append(compiled))
     one = types.SimpleNamespace(decoded=RL, setting=RL, number=1, missing=[], destination=None)

@@ -203,7 +203,7 @@ def test_what_the_page_shows_is_spread_over_problems():
     ("change", "message"),
     [
         ({"base": None}, "base missing"),
-        ({"problems": "p.jsonl"}, "expected one of --responses FILE and --problems FILE, both are given"),
+        ({"problems": "p.jsonl"}, "expected one of --responses PATH and --problems FILE, both are given"),
         ({"responses": ("nowhere.jsonl",)}, r"nowhere\.jsonl: no such file"),
         ({"chunk": 0}, "chunk = 0: expected 1 or more"),
         ({"top": 49}, "top = 49: expected at most 48"),

@@ -12,8 +12,10 @@ import orbax.checkpoint as ocp
 import pyarrow.parquet as pq
 import pytest
 
+from decode.diagnose_inputs import read_given
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.text import load_tokenizer
+from rlvr_jax.data.token_ids import unpack_ids
 from rlvr_jax.microscope import files
 from rlvr_jax.microscope.pair import score_pair
 from rlvr_jax.models.hf import load_hf
@@ -212,6 +214,7 @@ def test_every_number_is_documented_and_every_documented_number_is_there(whole):
 def test_rollouts_are_readable_and_consistent(place, whole):
     rows = rows_of(place / "whole" / "rollouts" / "step_000001.jsonl")
     assert len(rows) == 16
+    tokenizer = load_tokenizer(place / "model")
     for row in rows:
         assert "<|im_start|>user\n" in row["prompt"]
         assert row["correct"] == (row["answer"] in row["response"])
@@ -222,6 +225,7 @@ def test_rollouts_are_readable_and_consistent(place, whole):
         texts, advantages, weights, logps = zip(*row["tokens"], strict=True)
         assert re.sub(r"<\|\w+\|>", "", "".join(texts)) == row["response"]
         assert len(texts) == row["length"]
+        assert [tokenizer.decode([token]) for token in unpack_ids(row["ids"])] == list(texts)
         assert np.mean(logps) == pytest.approx(row["mean_logp"], abs=1e-4)
         np.testing.assert_allclose(weights, 1 + 0.2 * (1 - np.exp(logps)), atol=1e-4)  # low_prob, alpha 0.2
         np.testing.assert_allclose(advantages, row["advantage"] * np.array(weights), atol=3e-4)
@@ -235,6 +239,10 @@ def test_rollouts_are_readable_and_consistent(place, whole):
     record = next(r for r in whole[0] if r["kind"] == "train")
     assert record["score"] == pytest.approx(np.mean([row["score"] for row in rows]), rel=1e-5)
     assert record["loss_weight"] == pytest.approx(sum(row["length"] for row in rows))
+    for kind in ("rollouts", "eval"):  # what a diagnosis scores
+        there = [row for file in (place / "whole" / kind).iterdir() for row in rows_of(file)]
+        given = read_given([str(place / "whole" / kind)], tokenizer)
+        assert sorted(len(one.tokens) for one in given) == sorted(row["length"] for row in there)
 
 
 def test_the_microscope_sees_the_step_s_rollouts_with_both_policies(place, whole):

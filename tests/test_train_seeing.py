@@ -159,7 +159,10 @@ def test_time_left_of_long_steps_and_by_share_of_the_data():
     clock, console = Clock(), Console(file=io.StringIO(), width=200)
     with Display(console, total=10, done=2, shown={}, now=clock) as display:
         assert display.left() is None
-        clock.now += 600
+        clock.now += 7200  # to compile and make the first step
+        display.step({"trainer_steps": 3})
+        assert "left" not in console.file.getvalue()
+        clock.now += 300
         display.step({"trainer_steps": 4})
         assert "left 0:30:00" in console.file.getvalue()
         clock.now += 61  # the time left runs on between steps
@@ -169,9 +172,11 @@ def test_time_left_of_long_steps_and_by_share_of_the_data():
     lines = console.file.getvalue().splitlines()
     assert lines[-1] == "  rollout 3/8 responses, 12 tokens/s"  # a plain line where nothing was said for a minute
     with Display(console, total=None, done=0, shown={}, share=0.0, now=clock) as display:
-        clock.now += 60
+        clock.now += 600
         display.step({"trainer_steps": 1}, share=0.25)
-    assert console.file.getvalue().splitlines()[-1] == "step 1    left 0:03:00"
+        clock.now += 60
+        display.step({"trainer_steps": 2}, share=0.5)
+    assert console.file.getvalue().splitlines()[-1] == "step 2    left 0:02:00"
 
 
 def test_display_says_step_numbers_and_time_left():
@@ -180,8 +185,10 @@ def test_display_says_step_numbers_and_time_left():
         with Display(console, total=4, done=1, shown={"acc": ("accuracy", ".2f"), "gap": ("gap", ".1e")}) as display:
             display.phase("rollout")
             display.step({"trainer_steps": 2, "accuracy": 0.5})
+            display.step({"trainer_steps": 3, "accuracy": 0.5})
         text = console.file.getvalue()
-        assert "step 2/4  acc 0.50  left 0:00:0" in text
+        assert "step 2/4  acc 0.50\n" in text
+        assert "step 3/4  acc 0.50  left 0:00:0" in text
         assert ("rollout" in text) == terminal
 
 

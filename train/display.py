@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from rlvr_jax.pace import Pace, TimeLeft
 
 SECONDS_BETWEEN_LINES = 60.0
 
@@ -37,15 +38,15 @@ class Display:
         now: Callable[[], float] = time.monotonic,
     ):
         self._console, self._shown, self._total, self._now = console, shown, total, now
-        self._share = self._first_share = self._share_of(done) if share is None else share
-        self._start = self._stepped = self._said = now()
+        self._pace = Pace((self._share_of(done) or 0.0) if share is None else share, now)
+        self._said = now()
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
             TimeElapsedColumn(),
             TextColumn("left"),
-            _Left(self),
+            TimeLeft(self.left),
             TextColumn("[bold]{task.description}"),
             console=console,
             disable=not console.is_terminal,
@@ -79,31 +80,16 @@ class Display:
         )
         step = record["trainer_steps"]
         self._bar.update(self._task, completed=step)
-        self._share = self._share_of(step) if share is None else share
-        self._stepped = self._now()
+        share = self._share_of(step) if share is None else share
+        if share is not None:
+            self._pace.mark(share)
         left = self.left()
         of = "" if self._total is None else f"/{self._total}"
         self.line(f"step {step}{of}  {numbers}" + ("" if left is None else f"  left {left}"))
 
     def left(self) -> datetime.timedelta | None:
-        """Time left at the pace since this process began, to the second; None before its first step is done."""
-        made = (self._share or 0.0) - (self._first_share or 0.0)
-        if self._share is None or made <= 0:
-            return None
-        ahead = (self._stepped - self._start) * (1 - self._share) / made
-        return datetime.timedelta(seconds=max(0, round(ahead - (self._now() - self._stepped))))
+        """Time left at the pace of the steps since the first one of this process, which holds the compilation."""
+        return self._pace.left(1.0)
 
     def _share_of(self, step: int) -> float | None:
         return None if self._total is None else step / max(1, self._total)
-
-
-class _Left(ProgressColumn):
-    """The display's time left. Rich's own estimate forgets after 30 seconds, and a step may take longer."""
-
-    def __init__(self, display: Display):
-        super().__init__()
-        self._display = display
-
-    def render(self, task: Task) -> Text:
-        left = self._display.left()
-        return Text("-:--:--" if left is None else str(left), style="progress.remaining")

@@ -12,6 +12,7 @@ from rlvr_jax.evaluation import avg_at_k, avg_per_problem, mean_interval, pass_a
 from rlvr_jax.rewards.pool import GraderPool
 from train.config import Config
 from train.rollout import Decoder, eval_seed, rows_done
+from train.tokens import drawn
 
 
 def distinct(problems: list[Problem]) -> list[Problem]:
@@ -49,15 +50,15 @@ def evaluate(
     )
     seconds = time.monotonic() - start
     samples = [
-        (problem, generation.tokens[i, : generation.lengths[i]], bool(generation.finished[i]))
-        for problem, generation in zip(prompts.problems, generations, strict=True)
+        (problem, prompt, generation.tokens[i, : generation.lengths[i]], bool(generation.finished[i]))
+        for problem, prompt, generation in zip(prompts.problems, prompts.tokens, generations, strict=True)
         for i in range(settings.n)
     ]
-    texts = [decoder.text(tokens) for _, tokens, _ in samples]
-    graded = pool.grade(reward.rule, texts, [problem.answer for problem, _, _ in samples])
+    texts = [decoder.text(tokens) for _, _, tokens, _ in samples]
+    graded = pool.grade(reward.rule, texts, [problem.answer for problem, *_ in samples])
     correct = np.array([verdict.correct for verdict in graded]).reshape(len(prompts), settings.n)
     _, low, high = mean_interval(avg_per_problem(correct, settings.n))
-    lengths = [len(tokens) for _, tokens, _ in samples]
+    lengths = [len(tokens) for _, _, tokens, _ in samples]
     metrics = {
         f"avg@{settings.n}": avg_at_k(correct, settings.n),
         f"avg@{settings.n}_low": low,
@@ -65,7 +66,7 @@ def evaluate(
         **{f"pass@{k}": pass_at_k(correct, k) for k in settings.pass_k if k <= settings.n},
         "problems": len(prompts),
         "response_length": float(np.mean(lengths)),
-        "response_cut_share": float(np.mean([not finished for _, _, finished in samples])),
+        "response_cut_share": float(np.mean([not finished for *_, finished in samples])),
         "grading_errors": sum(verdict.error is not None for verdict in graded),
         "rollout_tokens_per_s": sum(lengths) / max(seconds, 1e-9),
         "seconds": time.monotonic() - start,
@@ -73,6 +74,7 @@ def evaluate(
     rows = [
         {
             "problem": problem.id,
+            **drawn(decoder.tokenizer, prompt, tokens),
             "response": text,
             "answer": problem.answer,
             "prediction": verdict.prediction,
@@ -82,6 +84,6 @@ def evaluate(
             "length": len(tokens),
             "finished": finished,
         }
-        for (problem, tokens, finished), text, verdict in zip(samples, texts, graded, strict=True)
+        for (problem, prompt, tokens, finished), text, verdict in zip(samples, texts, graded, strict=True)
     ]
     return metrics, rows

@@ -34,7 +34,7 @@ from train.rollout import Collected, Collector, Decoder
 from train.same_run import CONTENT, fingerprint, write_record
 from train.step_metrics import PhaseClock, memory_metrics, phase_metrics
 from train.together import SharedPool, SharedSpool, require_same_groups
-from train.tokens import TokenTexts, token_rows
+from train.tokens import TokenTexts, drawn, token_rows
 from train.trackers import Tracker, open_trackers
 from train.trainer import Outcome, Trainer
 
@@ -318,13 +318,14 @@ class _Run:
         rows = []
         for g, group in enumerate(groups[: log.rollouts]):
             problem = self.job.train.problems[group.prompt]
-            prompt = self.job.tokenizer.decode(self.job.train.tokens[group.prompt], skip_special_tokens=False)
+            prompt = self.job.train.tokens[group.prompt]
             for i in range(n):
+                tokens = group.tokens[i, : group.lengths[i]]
                 rows.append(
                     {
                         "problem": problem.id,
-                        "prompt": prompt,
-                        "response": self.decoder.text(group.tokens[i, : group.lengths[i]]),
+                        **drawn(self.job.tokenizer, prompt, tokens),
+                        "response": self.decoder.text(tokens),
                         "answer": problem.answer,
                         "prediction": group.predictions[i],
                         "correct": bool(group.correct[i]),

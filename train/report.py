@@ -2,21 +2,18 @@
 
 import dataclasses
 import fnmatch
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from rlvr_jax.files import write_json
 from rlvr_jax.lock import lock
 from rlvr_jax.program import parse_flags
 from rlvr_jax.remote import is_url, local
+from rlvr_jax.tables import Column, fitted, screen
 from train import figure
 from train.curves import Line, curve, find_metric, lines, read_run
 
@@ -118,10 +115,14 @@ def _write(report: Report) -> None:
     rows = [row for metric in report.metrics for line in report.lines if (row := summary(line, metric)) is not None]
     members = [{"label": line.label, "runs": [run.name for run in line.runs]} for line in report.lines]
     write_json(report.out / "report.json", {"lines": members, "metrics": rows})
-    screen = Console(width=None if sys.stdout.isatty() else 140)
-    screen.print(_table(report, rows))
+    out = screen()
+    title = "last: least to greatest seed in brackets\nbest: where more or less is better, else the range"
+    table, left_out = fitted(title, _columns(report, rows), out.width)
+    out.print(table)
+    if left_out:
+        out.print(f"columns {', '.join(left_out)}: {report.out / 'report.json'}", markup=False, highlight=False)
     names = ", ".join(str(report.out / name) for name, drawn in made.items() if drawn is not None)
-    screen.print(f"figures: {names}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"figures: {names}", markup=False, highlight=False, soft_wrap=True)
 
 
 def summary(line: Line, metric: str) -> dict[str, Any] | None:
@@ -145,15 +146,10 @@ def summary(line: Line, metric: str) -> dict[str, Any] | None:
     return {"metric": metric, "line": line.label, "seeds": seeds} | values
 
 
-def _table(report: Report, rows: Sequence[dict[str, Any]]) -> Table:
-    title = "last: least to greatest seed in brackets; best: where more or less is better, else the range"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    many = len(report.lines) > 1
-    table.add_column("metric", no_wrap=True)
-    if many:
-        table.add_column("line", overflow="fold")
-    for heading in ("first", "last", "at step", "best", "at step"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def _columns(report: Report, rows: Sequence[dict[str, Any]]) -> list[Column]:
+    cells: dict[str, list[str]] = {
+        name: [] for name in ("metric", "line", "first", "last", "last at", "best", "best at")
+    }
     before = None
     for row in rows:
         last = _number(row["last"]["value"])
@@ -163,11 +159,19 @@ def _table(report: Report, rows: Sequence[dict[str, Any]]) -> Table:
             best = (_number(row["best"]["value"]), str(row["best"]["step"]))
         else:
             best = (f"{_number(row['least']['value'])} to {_number(row['greatest']['value'])}", "")
-        cells = [row["metric"] if row["metric"] != before else "", *([row["line"]] if many else [])]
-        cells += [_number(row["first"]["value"]), last, str(row["last"]["step"]), *best]
-        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
+        made = (row["metric"] if row["metric"] != before else "", row["line"], _number(row["first"]["value"]))
+        for column, cell in zip(cells.values(), (*made, last, str(row["last"]["step"]), *best), strict=True):
+            column.append(cell)
         before = row["metric"]
-    return table
+    return [
+        Column("metric", cells["metric"], name=True),
+        *([Column("line", cells["line"], name=True)] if len(report.lines) > 1 else []),
+        Column("first", cells["first"], 3),
+        Column("last", cells["last"]),
+        Column("at step", cells["last at"], 2),
+        Column("best", cells["best"], 1),
+        Column("at step", cells["best at"], 4),
+    ]
 
 
 def _number(value: float) -> str:

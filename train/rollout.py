@@ -13,6 +13,7 @@ import numpy as np
 from rlvr_jax.data.prompts import PromptSet, prompt_batches
 from rlvr_jax.decoding.generate import Generation, decode
 from rlvr_jax.decoding.state import LanguageModel
+from rlvr_jax.pace import Pace
 from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded, GraderPool, all_failed
 from train.config import AlgorithmConfig, Config
@@ -88,12 +89,13 @@ class Decoder:
 
 
 def rows_done(on_phase: Callable[[str], None], phase: str, rows: int) -> Callable[[int, int], None]:
-    """For `on_tokens`: says of a phase how many of its rows are done, and how fast."""
-    start = time.monotonic()
+    """For `on_tokens`: says of a phase how many of its rows are done, and how fast since it was told first."""
+    pace = Pace()
 
     def tell(tokens: int, done: int) -> None:
-        speed = tokens / max(time.monotonic() - start, 1e-9)
-        on_phase(f"{phase} {min(done, rows)}/{rows} responses, {speed:,.0f} tokens/s")
+        pace.mark(tokens)
+        speed = "" if pace.rate is None else f", {pace.rate:,.0f} tokens/s"
+        on_phase(f"{phase} {min(done, rows)}/{rows} responses{speed}")
 
     return tell
 

@@ -1,9 +1,12 @@
 """A response token by token, for the rollout files."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from rlvr_jax.data.token_ids import pack_ids
 
 DIGITS = 4
 
@@ -18,6 +21,15 @@ class TokenTexts(dict[int, str]):
     def __missing__(self, token: int) -> str:
         text = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return self.setdefault(token, text)
+
+
+def drawn(tokenizer: Any, prompt: Sequence[int], tokens: np.ndarray) -> dict[str, str]:
+    """What rollout and evaluation files keep so that a response can be scored again: the prompt, and the ids of both.
+
+    The ids are packed (`rlvr_jax.data.token_ids`), since a text does not say which tokens it was drawn as.
+    """
+    text = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return {"prompt": text, "prompt_ids": pack_ids(prompt), "ids": pack_ids(tokens)}
 
 
 def token_rows(texts: TokenTexts, arrays: dict[str, np.ndarray], row: int) -> dict[str, list]:
