@@ -34,7 +34,7 @@ SWITCH = "RLVR_JAX_LOCK"
 MODES = ("auto", "file", "off")
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _LOOK_S = 0.5  # between two looks at a lock that is waited for
-_LONGEST_COMMAND = 300  # characters
+_LONGEST_COMMAND = 160  # characters
 
 
 class FolderInUse(ValueError):
@@ -196,11 +196,12 @@ def _read(text: str) -> dict[str, Any] | None:
 
 
 def _myself() -> dict[str, Any]:
+    command = shlex.join(sys.orig_argv)
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
-        "command": shlex.join(sys.orig_argv)[:_LONGEST_COMMAND],
+        "command": command if len(command) <= _LONGEST_COMMAND else f"{command[:_LONGEST_COMMAND]} ...",
         "machine": _machine(),
         "begun": _begun(os.getpid()),
     }

@@ -159,6 +159,21 @@ def test_one_of_many_takes_over_a_dead_lock(tmp_path):
     assert not list(tmp_path.glob(".lock.owner*"))
 
 
+def test_a_lock_that_was_taken_over_a_moment_ago_is_put_back(tmp_path, no_flock, monkeypatch):
+    owner(tmp_path, pid=dead_process())
+    rename, taken = os.rename, []
+
+    def late(source, target):
+        if not taken:
+            taken.append(owner(tmp_path, command="the other start"))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    with pytest.raises(FolderInUse, match="the other start"):
+        lock(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock.owner"]
+
+
 def test_it_waits_for_a_run_that_is_still_ending(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "_LOOK_S", 0.02)
     held = lock(tmp_path)
