@@ -171,7 +171,7 @@ def test_a_lock_that_was_taken_over_a_moment_ago_is_put_back(tmp_path, no_flock,
     monkeypatch.setattr(os, "rename", late)
     with pytest.raises(FolderInUse, match="the other start"):
         lock(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".lock.owner"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock.owner"]
 
 
 def test_it_waits_for_a_run_that_is_still_ending(tmp_path, monkeypatch):
