@@ -17,13 +17,15 @@ DATA = [
     "0x1f ^ (3 << 2)",
     "None",
     "this is no Python",
+    "word",
+    "[Q, word]",
     "1 +",
     "\0",
     "",
 ]
 CODE = {
     "entry['answer']": "Subscript",
-    "oracle_answer": "Name",
+    "oracle_answer": "the name oracle_answer",
     "__import__('os').system('x')": "Call",
     "().__class__": "Attribute",
     "[x for x in ()]": "ListComp",
@@ -31,7 +33,7 @@ CODE = {
     "(x := 1)": "NamedExpr",
     "f'{1}'": "JoinedStr",
     "import os": "Import",
-    " \t__import__": "Name",
+    " \t__import__": "the name __import__",
     "# coding: utf-7\n+AF8AXw-import+AF8AXw-": "an encoding",
     "[1][0]": "Subscript",
     "*a": "Starred",
@@ -64,33 +66,37 @@ MORE_THAN_FORMULAS = {
 }
 
 
+def unknown(name):
+    return name not in ("oracle_answer", "entry", "__import__")
+
+
 @pytest.mark.parametrize("text", DATA)
 def test_data_may_be_evaluated(text):
-    assert guard._objection(text, guard._DATA) is None
-    assert guard._objection(text.encode(), guard._DATA) is None
+    assert guard._objection(text, guard._DATA, unknown) is None
+    assert guard._objection(text.encode(), guard._DATA, unknown) is None
 
 
 @pytest.mark.parametrize(("text", "reason"), CODE.items())
 def test_more_than_data_may_not(text, reason):
-    assert guard._objection(text.encode(), guard._DATA) == reason
+    assert guard._objection(text.encode(), guard._DATA, unknown) == reason
 
 
 @pytest.mark.parametrize("text", FORMULAS)
 def test_formulas_may_be_evaluated_by_sympy(text):
-    assert guard._objection(text.encode(), guard._FORMULA) is None
+    assert guard._objection(text.encode(), guard._FORMULA, guard._of_mathematics) is None
     if "import" not in text:
-        assert guard._objection(ast.parse(text, mode="eval"), guard._FORMULA) is None
+        assert guard._objection(ast.parse(text, mode="eval"), guard._FORMULA, guard._of_mathematics) is None
 
 
 @pytest.mark.parametrize(("text", "reason"), MORE_THAN_FORMULAS.items())
 def test_more_than_formulas_may_not(text, reason):
-    assert guard._objection(text.encode(), guard._FORMULA) == reason
+    assert guard._objection(text.encode(), guard._FORMULA, guard._of_mathematics) == reason
 
 
 def test_odd_text_is_refused():
-    assert guard._objection(b"\xff", guard._DATA) == "bytes that are no text"
-    assert guard._objection("(" * 150 + ")" * 150, guard._DATA) is None  # 150 empty tuples
-    assert guard._objection("-" * 100_000 + "1", guard._DATA) in ("text nested too deeply", None)
+    assert guard._objection(b"\xff", guard._DATA, unknown) == "bytes that are no text"
+    assert guard._objection("(" * 150 + ")" * 150, guard._DATA, unknown) is None  # 150 empty tuples
+    assert guard._objection("-" * 100_000 + "1", guard._DATA, unknown) in ("text nested too deeply", None)
 
 
 # Two tasks that evaluate as published ones do, one that does not evaluate.
@@ -145,7 +151,9 @@ def test_scorers_evaluate_data_and_refuse_code(pool, tmp_path):
             "[4, 2]": (1.0, None),
             "[4, 1 + 1]": (1.0, None),
             "[4]": (0.1, None),
-            "four": (0.01, "Name"),  # names would reach what the scorer knows
+            "four": (0.01, None),
+            "oracle_answer": (0.01, "the name oracle_answer"),
+            "len": (0.01, "the name len"),
             "four two": (0.01, None),
             "eval(oracle_answer)": (0.01, "Call"),
             f"open({str(file)!r}, 'w') or [4, 2]": (0.01, "BoolOp"),

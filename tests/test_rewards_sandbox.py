@@ -272,6 +272,14 @@ def test_a_killed_process_in_the_sandbox_is_tried_again(pool, rule):
     assert graded == [Graded(True, None, None)]
 
 
+def test_an_import_that_comes_too_late_is_named(pool, rule):
+    (graded,) = pool.grade(rule, ["__import__('sqlite3')"], ["42"])
+    assert graded.error == (
+        "the grading imports sqlite3, which the sandbox allows only before it: "
+        "ModuleNotFoundError: No module named 'sqlite3'"
+    )
+
+
 def test_one_that_is_always_killed_ends():
     with GraderPool(workers=1, timeout_s=60) as pool:
         (graded,) = pool.grade("tests.tiny_rules:killed", ["x"], ["y"])

@@ -6,8 +6,9 @@ interpreter sees every text before it is compiled, and refuses what is more than
 * text that a module of reasoning-gym itself compiles may hold constants, lists, tuples, sets, dicts and arithmetic;
 * text that sympy's parser compiles may also call functions of mathematics and name symbols.
 
-So there is no attribute, no subscript, no other name (`entry['answer']` would be full marks in four tasks) and no other
-call. The sandbox does not depend on this; it is what keeps an answer from deciding its own verdict.
+So there is no attribute, no subscript, no other call, and no name that the scorer knows (`oracle_answer` would earn
+marks in four tasks). A name that nobody knows fails by itself. The sandbox does not depend on any of this. It is what
+keeps an answer from deciding its own verdict.
 
 Only the standard library is imported: the grading worker loads this file by its path. sympy is there when it compiles.
 """
@@ -18,9 +19,9 @@ import sys
 
 _DATA = (
     *(ast.Module, ast.Expr, ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Load),
-    *(ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator),
+    *(ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator, ast.Name),
 )
-_FORMULA = (*_DATA, ast.Name, ast.Call, ast.keyword, ast.Compare, ast.cmpop)
+_FORMULA = (*_DATA, ast.Call, ast.keyword, ast.Compare, ast.cmpop)
 _SYMPY_PARSER = "sympy.parsing.sympy_parser"
 _ITS_NAMESPACE = "from sympy import *"  # what sympy's parser runs by itself
 _FUNCTIONS = {"sqrt", "cbrt", "root", "real_root", "abs"}  # functions of mathematics that are no sympy classes
@@ -53,26 +54,34 @@ class Guard:
     def _hook(self, event, arguments):
         if event != "compile" or not self._on:
             return
-        compiler = sys._getframe(1).f_globals.get("__name__", "")
+        frame = sys._getframe(1)
+        compiler = frame.f_globals.get("__name__", "")
         if compiler == _SYMPY_PARSER:
-            allowed = _FORMULA
+            allowed, harmless = _FORMULA, _of_mathematics
         elif compiler.partition(".")[0] == "reasoning_gym":
-            allowed = _DATA
+            known = {*frame.f_locals, *frame.f_globals, *dir(builtins)}
+            allowed, harmless = _DATA, lambda name: name not in known
         else:
             return
         self._on = False  # reading the text compiles it too
         try:
-            if (reason := _objection(arguments[0], allowed)) is not None:
+            if (reason := _objection(arguments[0], allowed, harmless)) is not None:
                 self.refused = reason
                 raise Refused(reason)
         finally:
             self._on = True
 
 
-def _objection(source, allowed) -> str | None:
-    """What is more than data in a text or a syntax tree; None also for text that does not compile."""
+def _objection(source, allowed, harmless) -> str | None:
+    """What is more than data in a text or a syntax tree; None also for text that does not compile.
+
+    Args:
+        source: text, bytes, or a tree.
+        allowed: the kinds of nodes that may be in it.
+        harmless: says of a name whether it may.
+    """
     if isinstance(source, ast.AST):
-        return _first(source, allowed)
+        return _first(source, allowed, harmless)
     if isinstance(source, bytes):
         try:
             source = source.decode()
@@ -89,16 +98,16 @@ def _objection(source, allowed) -> str | None:
             continue  # the compiler raises it again
         except (MemoryError, RecursionError):
             return "text nested too deeply"
-        if (reason := _first(tree, allowed)) is not None:
+        if (reason := _first(tree, allowed, harmless)) is not None:
             return reason
     return None
 
 
-def _first(tree, allowed) -> str | None:
+def _first(tree, allowed, harmless) -> str | None:
     for node in ast.walk(tree):
         if not isinstance(node, allowed):
             return type(node).__name__
-        if isinstance(node, ast.Name) and not _of_mathematics(node.id):
+        if isinstance(node, ast.Name) and not harmless(node.id):
             return f"the name {node.id}"
         if isinstance(node, ast.keyword) and not (node.arg and isinstance(node.value, ast.Constant)):
             return "a keyword"
@@ -106,6 +115,7 @@ def _first(tree, allowed) -> str | None:
 
 
 def _of_mathematics(name: str) -> bool:
+    """Whether a name is a symbol, or one of sympy's expressions and functions."""
     import sympy
 
     if name in _FUNCTIONS:

@@ -182,7 +182,8 @@ def failing() -> str | None:
     """
     if sys.platform != "linux" or platform.machine() not in _ARCHITECTURES:
         return f"it needs Linux on x86-64 or arm64, this is {sys.platform} on {platform.machine()}"
-    _libc(), _filter()  # made before the fork, once
+    _filter()  # made once, before the forks
+    _libc()
     outcome = apart(lambda: [name for name, attempt in _ATTEMPTS.items() if _succeeds(attempt)], PROBE_S)
     if outcome.failure is not None:
         return f"a process cannot be confined by seccomp: {outcome.failure}"

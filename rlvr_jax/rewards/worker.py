@@ -29,6 +29,12 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+# What sympy imports only when it meets certain expressions; in the sandbox it is too late for that.
+_SYMPY_LATE = (
+    *("combinatorics", "integrals.heurisch", "integrals.manualintegrate", "integrals.risch", "physics.units"),
+    *("matrices.expressions.applyfunc", "physics.units.systems", "sets.handlers.issubset", "sets.setexpr"),
+    *("tensor.array.array_derivatives", "tensor.array.expressions", "tensor.tensor"),
+)
 RECYCLE_SHARE = 0.5  # of the memory limit: a worker that once grew this far is replaced after its verdict
 
 
@@ -235,6 +241,10 @@ def main():
     except Exception as error:
         reply(fatal=_reason(error))
         return
+    if sandbox is not None and "sympy" in sys.modules:
+        for name in _SYMPY_LATE:
+            with contextlib.suppress(ImportError):  # another version may have it elsewhere
+                importlib.import_module(f"sympy.{name}")
     _limit_memory(config["memory_mb"])
     allowed = None if config["memory_mb"] is None else _peak_mb() + RECYCLE_SHARE * config["memory_mb"]
     gc.freeze()  # a forked process then leaves more of the memory that it shares as it is
@@ -286,13 +296,22 @@ def _verdict(grade, request):
     return {"correct": correct, "prediction": prediction, "error": error, "score": score}
 
 
+def _verdict_without_imports(grade, request):
+    late = []
+    sys.addaudithook(lambda event, arguments: late.append(arguments[0]) if event == "import" else None)
+    verdict = _verdict(grade, request)
+    if late and not verdict["correct"]:  # a scorer may take the failed import for a wrong answer
+        verdict["error"] = f"the grading imports {late[0]}, which the sandbox allows only before it: {verdict['error']}"
+    return verdict
+
+
 def _verdict_apart(sandbox, grader, request, timeout_s):
     """The verdict of a process of its own; all that it says is read as data, and must be a verdict."""
     try:
         grader.prepare(request["answer"])
     except Exception as failure:
         return _no_verdict(_reason(failure))
-    outcome = sandbox.apart(lambda: _verdict(grader.grade, request), timeout_s)
+    outcome = sandbox.apart(lambda: _verdict_without_imports(grader.grade, request), timeout_s)
     if outcome.failure is not None:
         return _no_verdict(outcome.failure) | {"signal": outcome.signal, "peak_mb": outcome.peak_mb}
     match outcome.value:
