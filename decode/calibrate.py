@@ -133,9 +133,8 @@ def _responses(
     found = {(place_of[problem], sample): ids for problem, sample, ids in drawn if problem in place_of}
     keys, tokens = cluster().broadcast([list(key) for key in found]), cluster().broadcast_tokens(list(found.values()))
     there = {(place, sample): ids for (place, sample), ids in zip(keys, tokens, strict=True)}
-    count, problems = config.calibration.responses, len(inputs.problems)
-    spread = [(i % problems, i // problems) if count >= problems else (i * problems // count, 0) for i in range(count)]
-    wanted = [Wanted(place, sample, SEED) for place, sample in sorted(spread) if (place, sample) not in there]
+    spread = _spread(config.calibration.responses, len(inputs.problems))
+    wanted = [Wanted(place, sample, SEED) for place, sample in spread if (place, sample) not in there]
     longest = config.calibration.max_new_tokens
     drawn = draw(
         *(models, config, inputs, [(sampled, wanted)]),
@@ -148,7 +147,14 @@ def _responses(
         if cluster().main:
             file.append([{"problem": one.problem, "sample": one.sample, "tokens": one.tokens.tolist()}])
         there[one.place, one.sample] = one.tokens.tolist()
-    return [(place, there[place, sample]) for place, sample in sorted(spread)]
+    return [(place, there[place, sample]) for place, sample in spread]
+
+
+def _spread(count: int, problems: int) -> list[tuple[int, int]]:
+    """(place of the problem, sample) of so many responses, over all problems as evenly as can be."""
+    if count < problems:
+        return [(i * problems // count, 0) for i in range(count)]
+    return sorted((i % problems, i // problems) for i in range(count))
 
 
 def _sampled_alone(setting: Setting) -> Setting:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def test_tau_selects_the_share_of_the_sampled_models_tokens(swept):
     models = [load_hf(path, dtype="float32") for path in (swept.base, swept.rl)]
     by_name = {entry["criterion"]: entry for entry in found["thresholds"]}
     assert set(by_name) == {"delta_logp", "abs_delta_logp", "random"}
+    assert len(found["thresholds"]) == 3  # settings that differ in gamma alone share one
     assert by_name["random"]["tau"] == SHARE
     selected = {"delta_logp": 0, "abs_delta_logp": 0}
     for response in responses:
@@ -137,6 +139,32 @@ def test_tokens_without_a_number_are_left_out(swept, tmp_path, monkeypatch, caps
     found = calibration(config)
     assert found["thresholds"][0]["tokens"] == found["passes"][0]["tokens"] - left_out[-1]
     assert f"{left_out[-1]} tokens are left out" in capsys.readouterr().err
+
+
+def test_infinite_values_count_and_missing_ones_do_not():
+    """A token that one model rules out has a criterion, and it is the first that a share selects."""
+    said = []
+    rows = [np.array([0.5, np.inf], np.float32), np.array([np.nan, -np.inf], np.float32)]
+    progress = types.SimpleNamespace(say=said.append)
+    assert decode.calibrate._numbers("kl", rows, progress).tolist() == [0.5, np.inf, -np.inf]
+    assert said == ["  kl: 1 tokens are left out, a model's logits are not finite there"]
+
+
+def test_calibration_responses_are_spread_over_the_problems():
+    assert decode.calibrate._spread(3, 10) == [(0, 0), (3, 0), (6, 0)]
+    assert decode.calibrate._spread(10, 10) == [(place, 0) for place in range(10)]
+    assert decode.calibrate._spread(7, 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_a_share_that_ties_miss_is_said():
+    entry = {"criterion": "kl", "share": 0.05, "tau": 0.0, "share_selected": 0.4, "tokens": 1000, "tied": 0.38}
+    said = decode.calibrate._said(entry)
+    assert said == (
+        "  kl at 5%: tau = 0, selects 40.00% of 1,000 tokens "
+        "(38.0% of them have one value, which is selected or not as a whole)"
+    )
+    assert "one value" not in decode.calibrate._said(entry | {"share_selected": 0.0501})
+    assert decode.calibrate._said(entry | {"criterion": "random"}) == "  random at 5%: tau = 0"
 
 
 def test_a_lost_threshold_is_not_found_anew(swept, tmp_path):
