@@ -1,5 +1,6 @@
 """`python -m decode compare RUN RUN ...`: the settings of several runs in one table, one file and one figure."""
 
+import collections
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -267,6 +268,9 @@ def _against(config: CompareConfig, found: Sequence[Found], notes: list[str]) ->
     if len(named) != 1:
         there = ", ".join(one.label for one in (named or found))
         raise ValueError(f"against = {config.against!r}: expected one of {there}")
+    other = [one.label for one in found if sampling_of(one.outcome.setting) != sampling_of(named[0].outcome.setting)]
+    if other:
+        notes.append(f"{named[0].label} is sampled at {_sampled(named[0])}, and {', '.join(other)} in another way")
     return [None if one is named[0] else named[0] for one in found]
 
 
@@ -284,12 +288,11 @@ def _lines_across(found: Sequence[Found], records: Sequence[dict[str, Any]]) -> 
 
     Such a line has the sampling, the problems and the number of samples of the settings beside it.
     """
-    lines: dict[tuple[str, int], None] = {}
+    pair = [one for one in found if alone(one.outcome.setting) is None]
+    served: collections.Counter[tuple[str, int]] = collections.Counter()
     missing: dict[str, list[str]] = {}
     place_of = {id(one): place for place, one in enumerate(found)}
-    for one in found:
-        if alone(one.outcome.setting) is not None:
-            continue
+    for one in pair:
         alike = [
             other
             for other in found
@@ -298,15 +301,14 @@ def _lines_across(found: Sequence[Found], records: Sequence[dict[str, Any]]) -> 
         chosen = _references(one, alike)
         for role in ("rl", "base"):
             if role in chosen:
-                lines[role, place_of[id(chosen[role])]] = None
+                served[role, place_of[id(chosen[role])]] += 1
             else:
                 what = f"no line for {role} alone at {_sampled(one)} over {len(one.outcome.problems)} problems with "
                 missing.setdefault(f"{what}{one.outcome.record['k']} samples each", []).append(one.label)
-    roles = [role for role, _ in lines]
     drawn = []
-    for role, place in lines:
+    for (role, place), settings in served.items():
         label = f"{role} alone"
-        if roles.count(role) > 1:
+        if settings < len(pair):  # not what all of them are compared with
             label += f" at {_sampled(found[place])} ({found[place].run})"
         drawn.append(Reference(records[place], role, label))
     notes = [f"{what}, as {', '.join(labels)} would need: it is not there" for what, labels in missing.items()]

@@ -137,7 +137,7 @@ def test_a_setting_is_compared_with_models_sampled_like_it(tmp_path, monkeypatch
     lines = drawn_across(monkeypatch, two, out=tmp_path / "out")
     assert lines == [
         ("rl alone at temperature 1, top-p 0.7 (two)", 3),
-        ("base alone", 2),
+        ("base alone at temperature 1, top-p 0.7 (two)", 2),
         ("rl alone at temperature 0.3, top-p 0.7 (two)", 1),
     ]
     found = records(tmp_path / "out")
@@ -189,6 +189,10 @@ def test_the_reference_can_be_chosen(tmp_path):
     ] == pytest.approx(-3 / 6)
     with pytest.raises(ValueError, match="against = 'rl': expected one of one/rl, two/rl"):
         run(one, two, out=tmp_path / "out", against="rl")
+    cold = write_run(tmp_path / "cold", {COLD: 6})
+    run(one, cold, out=tmp_path / "out", against="rl_cold")
+    said = "cold/rl_cold is sampled at temperature 0.3, top-p 0.7, and one/delta, one/redraw, one/rl in another way"
+    assert said in json.loads((tmp_path / "out" / "compare.json").read_text())["notes"]
     with pytest.raises(ValueError, match="against = 'x': expected one of one/delta, one/redraw, one/rl"):
         run(one, out=tmp_path / "out", against="x")
 
@@ -273,6 +277,8 @@ def test_what_runs_differ_in_is_said(tmp_path, capsys):
     # More samples make Pass@k larger, so it is not a difference between the settings.
     assert set(found["one/delta"]["difference"]) == {"against", "problems", "avg_at_k", "pass_at_k", "maj_at_k"}
     assert set(found["two/delta"]["difference"]) == {"against", "problems", "avg_at_k"}
+    fewer = run(one, two, out=tmp_path / "out", against="two/delta")["one/delta"]["difference"]
+    assert set(fewer) == {"against", "problems", "avg_at_k"}
     # Unless it is asked for, nothing is compared with a model that other rules made.
     assert "difference" not in run(one, two, out=tmp_path / "out")["two/delta"]
     printed = capsys.readouterr().out
