@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -33,6 +34,7 @@ Job = TypeVar("Job")
 USAGE_ERROR = 2
 RUN_ERROR = 1
 _CACHE_DIR = "jax_compilation_cache_dir"
+_COMPILED = re.compile(r".+-[0-9a-f]{64}-cache")  # how jax names a compiled program
 _MIN_COMPILE_S = 0.1  # what compiles faster is not worth a file
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 # A log file has no width of its own, and tables cut to 80 columns lose their names.
@@ -206,6 +208,8 @@ def _remove_damaged(folder: Path) -> None:
     """
     damaged = []
     for path in folder.glob("*-cache"):
+        if not _COMPILED.fullmatch(path.name):  # somebody's file in a folder that was given
+            continue
         try:
             compiled.decompress_executable(path.read_bytes())
         except Exception as error:  # whatever the compressor raises, which jax chooses

@@ -143,7 +143,7 @@ class Spool:
     def discard(self, before: int) -> None:
         """Removes the batches with a number below `before`."""
         if self._folder is not None and self._folder.is_dir():
-            for path in self._folder.glob("batch_*.npz"):
+            for path in self._folder.glob(f"batch_{'[0-9]' * 8}.npz"):
                 if int(path.stem.removeprefix("batch_")) < before:
                     path.unlink()
 

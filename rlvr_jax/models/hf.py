@@ -24,6 +24,7 @@ from rlvr_jax.paths import at_home
 from rlvr_jax.remote import is_url, local_copy
 from rlvr_jax.sharding import ShardingRules
 
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")  # what `save_hf` calls its files
 _BLOCK = 256  # rows transposed at a time, so that both sides stay in the processor's cache
 
 
@@ -316,10 +317,11 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(temporary, folder)
         return
-    # A folder with other content keeps it. The old config goes first and the new one comes last, so that there is
-    # never a mixture that could be loaded.
+    # A folder with other content keeps it, such as the weights of an adapter. The old config goes first and the new one
+    # comes last, so that there is never a mixture that could be loaded.
     (folder / "config.json").unlink(missing_ok=True)
     for name in _checkpoint_files(folder):
-        (folder / name).unlink()
+        if name == INDEX or _WEIGHTS.fullmatch(name):
+            (folder / name).unlink()
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
