@@ -2,11 +2,14 @@
 
 import dataclasses
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
@@ -16,16 +19,20 @@ from test_train_wiring import Recorder, problems
 
 from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.memory import kept_bytes, layer_bytes
 from rlvr_jax.models.qwen import init_params
+from rlvr_jax.planning.models import PUBLISHED
 from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded
 from rlvr_jax.sharding import MESH_AXES
 from tests.tiny import tiny_checkpoint, tiny_config, write_tiny_problems
 from train import budget
 from train import config as c
+from train.dapo import scalars
 from train.dry_run import dry_run, report
 from train.examine import examine
 from train.prepare import configuration
+from train.programs import make_optimizer, make_programs, placed_like_params
 from train.rollout import Collector
 
 
@@ -117,6 +124,7 @@ def test_memory_by_hand():
         rollout=dataclasses.replace(config.rollout, prompts_at_once=4),
         model=c.ModelConfig(logprob_chunk=40),
     )
+    plain = dataclasses.replace(model, dtype="float32", remat="full")
     token = 2 * 2 * 2 * 8 * 4  # k and v, layers, kv heads, head size, float32
     parts = {part.name: part for part in budget.memory(config, model, "float32", mesh(), 10)}
     assert {name: (part.phase, part.size) for name, part in parts.items()} == {
@@ -127,18 +135,20 @@ def test_memory_by_hand():
         "KV cache, 16 rows x 26 tokens, float32": ("rollout", 16 * 26 * token),
         "KV cache of prompts read together, 4 x 10": ("rollout", 4 * 10 * token),
         "next-token distributions, float32": ("rollout", 16 * 6 * 48 * 4),
-        "gradients of a micro-batch and their sum, float32": ("update", 2 * weights),
-        "inputs of the layers, 4 rows x 26 tokens, float32": ("update", 2 * 4 * 26 * 32 * 4),
+        "gradients, and their sum over micro-batches, float32": ("update", 2 * weights),
+        "kept for the backward pass, 4 rows x 26 tokens, float32, remat full": ("update", kept_bytes(plain, 4, 26)),
+        "backward pass of one layer, an estimate": ("update", layer_bytes(plain, 4, 26)),
         "logits of 40 tokens: 3 arrays, float32 (model.logprob_chunk)": ("update", 3 * 40 * 48 * 4),
     }
     totals = budget.totals(list(parts.values()))
     assert totals["rollout"] == 5 * weights + 456 * token + 16 * 6 * 48 * 4
-    assert totals["update"] == 6 * weights + 2 * 4 * 26 * 32 * 4 + 3 * 40 * 48 * 4
+    kept = kept_bytes(plain, 4, 26) + layer_bytes(plain, 4, 26)
+    assert totals["update"] == 6 * weights + kept + 3 * 40 * 48 * 4
     split = budget.memory(config, model, "float32", mesh(2, 2, 2), 10)
     cache = next(part for part in split if part.name.startswith("KV cache, 4 rows"))
     assert cache.size == 16 * 26 * token / 8  # rows over data and fsdp, kv heads over tensor
-    inputs = next(part for part in split if part.name.startswith("inputs of the layers, 1 rows"))
-    assert inputs.size == 2 * 26 * 32 * 4 / 2  # tokens over tensor
+    inputs = next(part for part in split if part.name.startswith("kept for the backward pass, 1 rows"))
+    assert inputs.size == kept_bytes(plain, 1, 26) // 2  # over tensor
 
 
 def test_the_published_8b_run_over_64_devices():
@@ -153,9 +163,74 @@ def test_the_published_8b_run_over_64_devices():
     by_name = {part.name: part.size for part in parts}
     # 32 prompts x 16 responses over 16 shards, 8 kv heads over 4
     assert by_name["KV cache, 32 rows x 22,528 tokens, bfloat16"] == 32 * 22528 * 2 * 36 * 2 * 128 * 2
-    assert by_name["inputs of the layers, 1 rows x 22,528 tokens, bfloat16"] == 36 * 22528 * 4096 * 2 // 4
+    inputs = 36 * 22528 * 4096 * 2 // 4
+    kept = by_name["kept for the backward pass, 1 rows x 22,528 tokens, bfloat16, remat full"]
+    assert inputs < kept < 1.2 * inputs
     assert budget.tokens(config, 2048)["response tokens trained on a trainer step"] == 512 * 16 * 20480
     assert budget.tokens(config, 2048)["tokens that pass through the model at once"] == 16 * 22528
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_backward_pass_keeps_by_hand(dtype):
+    """M tokens of L layers; with remat full their inputs, and beside the layers three float32 arrays, cos and sin."""
+    config, size = tiny_config(num_layers=3, dtype=dtype, remat="full"), jnp.dtype(dtype).itemsize
+    L, M, D, F, H = 3, 2 * 300, 32, 64, 8
+    top = 3 * M * D * 4 + 2 * M * H // 2 * 4
+    assert kept_bytes(config, 2, 300) == pytest.approx(L * M * D * size + top, rel=0.05)
+    # of weight matmuls the results: q, k, v, what leaves attention, gate, up
+    dots = dataclasses.replace(config, remat="dots")
+    assert kept_bytes(dots, 2, 300) == pytest.approx(
+        kept_bytes(config, 2, 300) + L * M * size * (4 * H + 2 * 2 * H + D + 2 * F), rel=0.05
+    )
+    everything = dataclasses.replace(config, remat="none")
+    assert kept_bytes(everything, 2, 300) > kept_bytes(dots, 2, 300) + L * M * size * 2 * F
+    assert layer_bytes(everything, 2, 300) < kept_bytes(everything, 2, 300)
+
+
+def like(config, stored):
+    """The configuration with the values of a stored one."""
+    values = {key: value for key, value in stored.items() if hasattr(config, key)}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(getattr(config, key)) and value is not None:
+            values[key] = like(getattr(config, key), value)
+    return dataclasses.replace(config, **values)
+
+
+@pytest.mark.parametrize("name", ["7b-v6e", "8b-v5p", "8b-v5p-step-attention", "8b-2-slices", "8b-8-h100-step"])
+def test_the_estimate_against_the_compilers_of_accelerators(name):
+    """Of stored plans: the update's estimate is 1.0 to 1.3 times the peak that the compiler of the chip gives."""
+    stored = json.loads((ROOT / "docs" / "plans" / f"{name}.json").read_text())
+    config = like(c.Config(), stored["config"])
+    sizes = dict(re.findall(r"(data|fsdp|sequence|tensor) (\d+)", stored["title"]))
+    on = mesh(**{axis: int(size) for axis, size in sizes.items()})
+    parts = budget.memory(config, PUBLISHED[config.model.path], "bfloat16", on, config.data.max_prompt)
+    (peak,) = (program["peak"] for program in stored["programs"] if program["name"] == "update")
+    assert 1.0 < budget.totals(parts)["update"] / peak < 1.3
+
+
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
+def test_the_estimate_against_the_compiler_of_this_cpu(remat):
+    """A step of a small model in float32: the estimate is 0.7 to 2 times what the compiled program takes."""
+    model = tiny_config(num_layers=3, hidden_size=64, intermediate_size=192, num_heads=4, head_dim=16, vocab_size=512)
+    model = dataclasses.replace(model, dtype="float32", remat=remat)
+    config = run_config(train_batch=1, mini_batch=1, micro_batches=1)
+    config = dataclasses.replace(config, model=c.ModelConfig(logprob_chunk=128, remat=remat, attention="plain"))
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_response=216))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    state = placed_like_params(make_optimizer(config.optim), params, device)
+    model = dataclasses.replace(model, attention="plain")
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    programs = make_programs(config, model, make_optimizer(config.optim), shardings)
+    batch = dict.fromkeys(("tokens_BT", "segment_BT", "loss_mask_BT", "reweight_mask_BT"), jnp.int32)
+    batch |= dict.fromkeys(("old_logp_BT", "advantages_BT"), jnp.float32)
+    batch = {key: jax.ShapeDtypeStruct((4, 256), dtype) for key, dtype in batch.items()}
+    batch |= {key: jax.ShapeDtypeStruct((), x.dtype) for key, x in scalars(config.algorithm, 1.0).items()}
+    taken = programs.step.whole.lower(state, batch).compile().memory_analysis()
+    taken = taken.argument_size_in_bytes + taken.temp_size_in_bytes
+    estimate = budget.totals(budget.memory(config, model, "float32", mesh(), 40))["update"]
+    assert 0.7 < estimate / taken < 2
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """What a run will take, by arithmetic alone: its three counters, its tokens, and the bytes on each device."""
 
+import dataclasses
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from rlvr_jax.decode_layout import decode_mesh, parts_of
@@ -11,7 +11,7 @@ from rlvr_jax.decoding.engine import prefill_rows
 from rlvr_jax.decoding.memory import working_bytes
 from rlvr_jax.models.cache import cache_bytes
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.models.memory import decode_weight_bytes, weight_bytes
+from rlvr_jax.models.memory import decode_weight_bytes, kept_bytes, layer_bytes, weight_bytes
 from rlvr_jax.sharding import batch_shards
 from train.config import Config
 from train.prepare import micro_rows
@@ -98,8 +98,8 @@ class Part(NamedTuple):
 
 
 NOT_COUNTED = (
-    "what attention and the other parts of a layer hold while they run (remat none or dots: and keep), weights "
-    "gathered from other devices, collectives' buffers, the compiler's temporaries, memory of the host"
+    "weights gathered from other devices, collectives' buffers, part of the compiler's temporaries, and the programs "
+    "themselves, which on a CPU share its memory"
 )
 
 
@@ -117,7 +117,6 @@ def memory(
       eval_rows: responses that an evaluation decodes together.
     """
     rollout, shards, tensor = config.rollout, batch_shards(mesh), mesh.shape["tensor"]
-    vocab_ways = tensor * mesh.shape.get("sequence", 1)
     master, reference = weight_bytes(model, "float32", mesh), weight_bytes(model, dtype, mesh)
     parts = [Part("both", "master weights, float32", master), Part("both", "Adam's two moments, float32", 2 * master)]
     if config.algorithm.needs_reference:
@@ -163,19 +162,27 @@ def memory(
     width = config.algorithm.row_length or prompt_length + rollout.max_response
     rows = micro_rows(config) // shards
     scored = min(config.model.logprob_chunk, micro_rows(config) * width) // shards
-    # Between layers, and in the logits, what the batch leaves is split over the other axes.
-    parts_of_row = tensor * mesh.shape.get("sequence", 1)
-    kept = model.num_layers * rows * width * model.hidden_size * jnp.dtype(dtype).itemsize // parts_of_row
-    return [
-        *parts,
-        Part("update", "gradients of a micro-batch and their sum, float32", 2 * master),
-        Part("update", f"inputs of the layers, {rows:,} rows x {width:,} tokens, {dtype}", kept),
+    # Within a layer, between two and in the logits, what the batch leaves is split over the other axes.
+    ways = tensor * mesh.shape.get("sequence", 1)
+    model = dataclasses.replace(model, remat=config.model.remat, attention=config.model.attention, dtype=dtype)
+    sums = 0 if config.algorithm.micro_batches == 1 else 1
+    parts += [
+        Part("update", f"gradients{', and their sum over micro-batches' * sums}, float32", (1 + sums) * master),
+        Part(
+            "update",
+            f"kept for the backward pass, {rows:,} rows x {width:,} tokens, {dtype}, remat {model.remat}",
+            kept_bytes(model, rows, width) // ways,
+        ),
+        Part("update", "backward pass of one layer, an estimate", layer_bytes(model, rows, width) // ways),
         Part(
             "update",
             f"logits of {scored:,} tokens: 3 arrays, float32 (model.logprob_chunk)",
-            3 * 4 * scored * model.vocab_size // vocab_ways,
+            3 * 4 * scored * model.vocab_size // ways,
         ),
     ]
+    if dtype != "float32":
+        parts.append(Part("update", f"weights in {dtype}", weight_bytes(model, dtype, mesh)))
+    return parts
 
 
 def totals(parts: list[Part]) -> dict[str, int]:

@@ -81,7 +81,8 @@ def self_attention(
     if kind not in ATTENTIONS:
         raise ValueError(f"attention={kind!r}: expected one of {', '.join(ATTENTIONS)}")
     options = {"tokens": layout.length, "head_dim": q_MNH.shape[2], "dtype": q_MNH.dtype}
-    named = resolved_attention(kind, jax.default_backend(), packed=segment_BT is not None, **options)
+    platform = jax.default_backend() if kind == "auto" else ""  # asking takes a device
+    named = resolved_attention(kind, platform, packed=segment_BT is not None, **options)
     segments = None if segment_BT is None else _numbers(segment_BT)
     q, k, v = map(jnp.asarray, (q_MNH, k_MKH, v_MKH))
     if ambient_mesh() is None:
