@@ -1,6 +1,10 @@
 """Shared test set-up: 8 simulated CPU devices, programs compiled quickly, run-time checked annotations."""
 
 import os
+import shutil
+import subprocess
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -16,3 +20,21 @@ install_import_hook("rlvr_jax", "beartype.beartype")
 def pytest_collection_modifyitems(items):
     """Whole runs first: the tests that share one then go to one worker, and short tests fill up the end."""
     items.sort(key=lambda item: not item.path.name.startswith("test_train_"))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Gives a file system of so many kB, which `disk.resize` makes larger, where this machine lets one be mounted."""
+    folder = tmp_path / "disk"
+
+    def mount(kilobytes, *options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join((*options, f"size={kilobytes}k")), "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no file system can be mounted here")
+        return folder
+
+    folder.mkdir()
+    mount.resize = lambda kilobytes: mount(kilobytes, "remount")
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "-l", str(folder)], check=True)

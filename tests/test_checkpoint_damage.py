@@ -2,10 +2,8 @@
 
 import errno
 import json
-import os
 import random
 import shutil
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -225,48 +223,3 @@ def test_a_checksum_is_its_formula_on_every_dtype_and_mesh():
     assert checksums.of_tree({"x": jnp.zeros((2, 3))}) != checksums.of_tree({"x": jnp.zeros((3, 2))})
     swapped = values[::-1].copy()
     assert checksums.of_tree({"f": swapped})["['f']"] != checksums.of_tree({"f": values})["['f']"]
-
-
-# ---- a full disk ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system with 150 kB of room, where this machine lets one be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=150k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def full(folder):
-    return rf"^{folder}: a checkpoint could not be written: {os.strerror(errno.ENOSPC)}; those before it are whole"
-
-
-def test_a_full_disk_is_one_sentence_and_the_checkpoints_before_stay(small_disk, state, capfd):
-    like, big = {"x": jnp.zeros(4)}, {"x": jax.random.normal(jax.random.key(0), (100_000,))}
-    with Checkpoints(small_disk) as checkpoints:
-        checkpoints.save(1, like, host=HOST)
-    with pytest.raises(OSError, match=full(small_disk)), Checkpoints(small_disk) as checkpoints:
-        checkpoints.save(2, big, host=HOST)  # leaving waits for it
-    assert "Traceback" not in capfd.readouterr().err
-    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
-    with Checkpoints(small_disk) as checkpoints:
-        assert checkpoints.steps == [1]
-        checkpoints.save(2, big, host=HOST)
-        checkpoints.wait()
-        assert checkpoints.steps == [1, 2]
-
-
-def test_what_the_background_runs_into_is_told_at_the_next_look(tmp_path, monkeypatch):
-    def fail(self):
-        raise ValueError(f'RESOURCE_EXHAUSTED: Error writing "x": {os.strerror(errno.ENOSPC)} [tensorstore_spec=...]')
-
-    with Checkpoints(tmp_path / "c") as checkpoints:
-        monkeypatch.setattr(checkpoints._manager, "check_for_errors", fail.__get__(checkpoints._manager))
-        with pytest.raises(OSError, match=full(tmp_path / "c")):
-            checkpoints.check()
-        monkeypatch.undo()
