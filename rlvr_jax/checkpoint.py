@@ -21,7 +21,7 @@ from rlvr_jax import checksums
 from rlvr_jax.checkpoint_s3 import extend_orbax_to_s3
 from rlvr_jax.distributed import cluster
 from rlvr_jax.paths import at_home
-from rlvr_jax.remote import filesystem, is_url
+from rlvr_jax.remote import filesystem, is_url, naming
 
 log = logging.getLogger(__name__)
 # Orbax reports every stage of every save through absl; a run has its own progress display. Its errors are raised too.
@@ -221,10 +221,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if not _is_trouble(error) or isinstance(error, jax.errors.JaxRuntimeError):
+            root = _root(error)
+            if not _is_trouble(root):
                 raise
             full = os.strerror(errno.ENOSPC)
-            why = full if full in str(error) else str(error).splitlines()[0][:200]
+            why = full if full in str(root) else _brief(root)
             raise OSError(
                 f"{self._manager.directory}: a checkpoint could not be written: {why}; those before it are whole"
             ) from error
@@ -233,7 +234,7 @@ class Checkpoints:
         """What `save` wrote beside the arrays."""
 
         def read() -> dict:
-            outer = json.loads((self.folder(step) / "host" / "metadata").read_text())
+            outer = json.loads(_content(self.folder(step) / "host" / "metadata"))
             if not isinstance(outer, dict) or outer.keys() not in (_OLD_KEYS, _KEYS):
                 raise ValueError("host/metadata does not have what was saved there")
             if "crc32" in outer and outer.pop("crc32") != checksums.of_plain(outer):
@@ -249,9 +250,12 @@ class Checkpoints:
         try:
             value = read()
         except Exception as error:  # tensorstore and orbax raise most kinds for damaged files
-            if _is_trouble(error):
+            root = _root(error)
+            if isinstance(root, MemoryError | jax.errors.JaxRuntimeError):
                 raise
-            problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            if _is_trouble(root):
+                raise OSError(f"{self.folder(step)}: cannot be read: {_brief(root)}") from error
+            problem = _brief(root)
         problems = [p.decode() for p in cluster().all_gather("checkpoint", problem.encode())]
         if any(problems):
             raise DamagedCheckpoint(f"{self.folder(step)}: damaged: {next(filter(None, problems))}")
@@ -271,11 +275,30 @@ def _say_errors_once() -> None:
     logging.getLogger("asyncio").addFilter(lambda record: "tensorstore" not in record.getMessage())
 
 
-def _is_trouble(error: Exception) -> bool:
+def _content(path: epath.Path) -> bytes:
+    """A file's bytes; FileNotFoundError where there is none, another OSError where it cannot be read, at a URL too."""
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    with naming(os.fspath(path)) if is_url(path) else contextlib.nullcontext():
+        return path.read_bytes()
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error began with: orbax raises others from those of tensorstore."""
+    return error if error.__cause__ is None else _root(error.__cause__)
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of an error, without tensorstore's account of its settings."""
+    said = (str(error).splitlines() or [""])[0].partition(" [tensorstore_spec")[0]
+    return f"{type(error).__name__}: {said}"[:300]
+
+
+def _is_trouble(error: BaseException) -> bool:
     """Whether a failed read or write is due to the place or the machine, and not to the files there."""
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    return isinstance(error, MemoryError) or any(word in str(error) for word in _TROUBLE)
+    return isinstance(error, ValueError) and str(error).startswith(_TROUBLE)
 
 
 def _require_same_forms(folder: epath.Path, saved: Mapping[str, list], like: Any) -> None:

@@ -115,12 +115,15 @@ def test_a_change_of_one_host_value_is_found(run):
         checkpoints.host(3)
 
 
-def test_trouble_of_the_place_is_no_damage(run, state, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "Permission denied", "x"), ValueError("UNAVAILABLE: no answer from x")]
+)
+def test_trouble_of_the_place_is_no_damage(run, state, monkeypatch, error):
     def refuse(*_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied", "x")
+        raise Exception("Encountered error while reading array index") from error  # as orbax does
 
     monkeypatch.setattr("rlvr_jax.checkpoint.ocp.StandardCheckpointHandler.restore", refuse)
-    with Checkpoints(run / "checkpoints") as checkpoints, pytest.raises(PermissionError):
+    with Checkpoints(run / "checkpoints") as checkpoints, pytest.raises(OSError, match="checkpoints/3: cannot be read"):
         checkpoints.restore(state, 3)
 
 

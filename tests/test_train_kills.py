@@ -32,7 +32,7 @@ WRITES = ("/generated/batch_", "/rollouts/step_", "/eval/step_", "/metrics.jsonl
 # Runs the training program. It kills itself a moment after the N-th time that a phase of a name begins or, given a part
 # of a path instead of a name, when a file there is about to get its name, or half of a compiled program is written.
 KILLED = """
-import os, pathlib, signal, sys, threading
+import os, signal, sys, threading
 phase, count, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 sys.argv[1:] = sys.argv[4:]
 def die_at(place):
@@ -40,12 +40,15 @@ def die_at(place):
         os.kill(os.getpid(), signal.SIGKILL)
 def dying(rename):
     return lambda old, new, *more: (die_at(new), rename(old, new, *more))
-def write_half(path, data):
-    with open(path, "wb") as file:
-        file.write(data[: len(data) // 2] if phase in str(path) else data)
+def put_half(cache, key, value):
+    path = cache.path / (key + "-cache")
+    path.write_bytes(value[: len(value) // 2])
     die_at(path)
 if "/" in phase:
-    os.rename, os.replace, pathlib.Path.write_bytes = dying(os.rename), dying(os.replace), write_half
+    os.rename, os.replace = dying(os.rename), dying(os.replace)
+if phase == "/of_killed/":
+    from jax._src.lru_cache import LRUCache
+    LRUCache.put = put_half
 from rlvr_jax.program import run_program
 from train.loop import _Run, run
 from train.prepare import prepare

@@ -16,7 +16,7 @@ import pytest
 from test_train_program import arguments, rows_of
 
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import PREEMPTED
+from rlvr_jax.program import PREEMPTED, RUN_ERROR
 from rlvr_jax.watch import PEER_LOST
 from tests.tiny import tiny_checkpoint, write_tiny_problems
 
@@ -228,3 +228,20 @@ def test_a_process_with_other_data_is_refused(place):
     said = ended(begun)
     assert all(code in (2, PEER_LOST) for code, _ in said)
     assert any("the configuration, the training problems or the code: process" in err for _, err in said)
+
+
+@pytest.mark.slow
+def test_a_part_that_one_process_cannot_read_is_damage_to_all(place, whole):
+    folder = place / "damaged"
+    finished(start(place, folder, 2))
+    parts = [path for path in (folder / "checkpoints" / "3" / "state" / "ocdbt.process_1").rglob("*") if path.is_file()]
+    assert parts
+    for path in parts:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for code, err in ended(start(place, folder, 2)):
+        assert code in (RUN_ERROR, PEER_LOST), err  # whoever ends first is why the other one must end
+        assert "checkpoints/3: damaged: ValueError: DATA_LOSS" in err
+        assert "--checkpoint.fallback resumes from" in err
+    finished(start(place, folder, 2, checkpoint__fallback=True))
+    assert (folder / "checkpoints" / "3.damaged").is_dir()
+    assert_same_run(whole, folder)
