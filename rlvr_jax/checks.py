@@ -53,6 +53,7 @@ def require_logprobs(name: str, array: ArrayLike) -> None:
     shape = np.shape(array)
     if 0 in shape:
         return
+    array = array if isinstance(array, jax.Array) else np.asarray(array)
     rows = seen(array if len(shape) == 1 else array[(0,) * (len(shape) - 2)][:_ROWS_LOOKED_AT])
     if rows is None:
         return

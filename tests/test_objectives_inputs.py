@@ -51,20 +51,12 @@ def in_float32():
     return jax.jit(everything)(*(jnp.asarray(x, jnp.float32) for x in (LOGP, OLD, ADVANTAGES, MASK)))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "mask_dtype"), [("int32", "bool"), ("int8", "uint8"), ("bfloat16", "bfloat16"), ("float16", "int32")]
-)
+@pytest.mark.parametrize(("dtype", "mask_dtype"), [("int8", "uint8"), ("bfloat16", "bool")])
 def test_numbers_of_every_dtype_are_computed_with_as_float32(dtype, mask_dtype, in_float32):
     got = jax.jit(everything)(*(jnp.asarray(x, dtype) for x in (LOGP, OLD, ADVANTAGES)), jnp.asarray(MASK, mask_dtype))
     for name, expected in in_float32.items():
         np.testing.assert_array_equal(got[name], expected, err_msg=name)
         assert {x.dtype.name for x in jax.tree.leaves(got[name])} == {"float32"}, name
-
-
-def test_numpy_integers_without_jit(in_float32):
-    got = everything(LOGP, OLD, ADVANTAGES, MASK > 0)
-    for name, expected in in_float32.items():
-        np.testing.assert_allclose(got[name], expected, rtol=1e-6, err_msg=name)
 
 
 def test_reweighted_integers_by_hand():

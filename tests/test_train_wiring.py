@@ -152,19 +152,16 @@ def test_a_trainer_step_is_the_written_formula(case):
     std = score.reshape(3, N).std(1, ddof=1, keepdims=True) + 1e-6 if algorithm.normalize_by_std else 1
     A = np.broadcast_to((centred / std).reshape(-1, 1), (12, R))
 
-    def ranked(values):
-        rank = np.full(real.shape, -1)
-        rank[real] = values[real].argsort().argsort()
-        return rank
+    def threshold(values, share):
+        return np.sort(values[real])[int(share * real.sum()) - 1]
 
-    n = real.sum()
     if case == "low_prob":
-        chosen = (ranked(old) < np.floor(0.6 * n)) & (A > 0)
+        chosen = (old <= threshold(old, 0.6)) & (A > 0)
         A = np.where(chosen & real, A * (1 + 0.6 * (1 - np.exp(old))), A)
-        counted = real & (ranked(entropy) >= np.floor(0.2 * n))
+        counted = real & (entropy >= threshold(entropy, 0.2))
     else:
         shift = old - np.float64(jax.jit(scored)(reference)[1])
-        chosen, counted = real & (ranked(shift) >= np.floor(0.5 * n)) & (A < 0), real
+        chosen, counted = real & (shift >= threshold(shift, 0.5)) & (A < 0), real
 
     def loss(params, mini_batch):
         now, keep, A_ = scored(params)[1], counted & mini_batch[:, None], A

@@ -171,7 +171,7 @@ class Qwen(nn.Module):
         """Logits of the next token at every position.
 
         Args:
-          tokens_BT: token ids.
+          tokens_BT: token ids. Those outside the vocabulary are clipped into it, so padding may hold any id.
           positions_BT: rotary positions; by default they count the unmasked tokens of each sequence from 0, so padding
             on either side leaves the numbers of the real tokens as they are.
           mask_BT: 0 on padding (left or right), non-zero elsewhere; None means no padding. Attention is causal by
