@@ -345,7 +345,7 @@ def test_epochs_masks_and_the_reference_model(place):
     assert 0 < records[-1]["padding_share"] < 1
     assert records[-1]["groups_trained"] < 6
     assert records[0]["delta_logp"] == pytest.approx(0, abs=1e-5)  # the base model is the policy
-    assert 0 < records[0]["loss_token_share"] < 1
+    assert 0 < records[-1]["loss_token_share"] < 1  # at first every dlogp is 0, and equal values share one fate
     assert len(rows_of(place / "few" / "rollouts" / "step_000001.jsonl")) == 4
     last = records[-1]["trainer_steps"]
     weights = [(place / "few" / name / "model.safetensors").read_bytes() for name in ("hf", f"hf_step_{last}")]
