@@ -116,6 +116,21 @@ def test_ranks_of_a_large_batch_are_exact_integers():
     assert _rank_at(jnp.asarray(count), 0.2999) == count * 2999 // 10_000
 
 
+def test_the_ends_of_the_probabilities_are_kept(run):
+    certain_and_excluded = {
+        "old_logp_BT": np.array([[0, -np.inf]], np.float32),
+        "ref_logp_BT": None,
+        "entropy_BT": None,
+    }
+    for kind, quantile, expected in (
+        ("prob_below", 1.0, [1, 1]),
+        ("prob_below", 0.0, [0, 1]),
+        ("prob_between", 1.0, [1, 1]),
+    ):
+        got = run(kind, quantile, np.ones((1, 2), np.float32), **certain_and_excluded)
+        np.testing.assert_array_equal(got, [expected], err_msg=f"{kind} {quantile}")
+
+
 BY_QUANTILE = [kind for kind in TOKEN_MASKS if kind != "all" and not kind.startswith("prob")]
 
 

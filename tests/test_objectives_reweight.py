@@ -135,6 +135,14 @@ def test_ppl_norm_of_one_response_and_of_equal_ones_is_one(run):
     np.testing.assert_array_equal(run("ppl_norm", mask, logp, mask, group_B=np.array([0, 0, 5])), 1)
 
 
+def test_rows_of_no_group_keep_their_advantages(run):
+    logp = np.concatenate([LOGP, 2 * LOGP]).astype(np.float32)
+    advantages, mask = np.tile(ADVANTAGES, (2, 1)), np.tile(MASK, (2, 1))
+    got = run("ppl_norm", advantages, logp, mask, group_B=np.array([0, 0, -1, -1]))
+    np.testing.assert_allclose(got[:2], run("ppl_norm", group_B=GROUP), rtol=1e-6)
+    np.testing.assert_array_equal(got[2:], advantages[2:])
+
+
 @pytest.mark.parametrize("kind", HAND)  # all but shuffled, whose permutation depends on the batch's shape
 def test_padding_of_any_content_changes_nothing(run, kind):
     expected = run(kind, group_B=GROUP)
