@@ -70,6 +70,13 @@ def test_reweighted_integers_by_hand():
     np.testing.assert_array_equal(short, [0, -0.5])
 
 
+def test_a_mask_that_is_not_positive_leaves_a_token_out():
+    values, mask = np.array([[1, 2, 4, 8]], np.float32), np.array([[-1, np.nan, 0.5, 0]], np.float32)
+    for mode, expected in (("token-mean", (2, 0.5)), ("seq-mean-token-sum", (2, 1)), ("seq-mean-token-mean", (4, 1))):
+        assert tuple(map(float, rj.aggregate(values, mask, mode))) == expected, mode
+    np.testing.assert_array_equal(rj.policy_loss(values, values, values, mask)[0], [[0, 0, -4, 0]])
+
+
 @pytest.mark.parametrize("dtype", ["int8", ml_dtypes.bfloat16, "float16"])
 def test_diagnostics_of_every_dtype(dtype):
     wide = [x.astype(np.float32) for x in (ADVANTAGES, LOGP, OLD)]
