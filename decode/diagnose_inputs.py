@@ -46,7 +46,8 @@ def read_given(
       ValueError: one sentence naming the file and the row.
     """
     found = []
-    for path in (file for one in paths for file in response_files(one)):
+    # A file may be named twice: seed0* is seed0.json and its rows.
+    for path in dict.fromkeys(file for one in paths for file in response_files(one)):
         rows = list(itertools.islice(read_file(path, tokenizer, template_arguments), limit))
         if not rows:
             raise ValueError(f"{path}: no responses in this file")

@@ -119,10 +119,13 @@ def test_what_was_found_is_kept(swept, monkeypatch):
 
 
 def test_tokens_without_a_number_are_left_out(swept, tmp_path, monkeypatch, capsys):
-    config = dataclasses.replace(swept, out=str(tmp_path), grid=Grid(("kl",)), controls=Controls(False))
+    config = dataclasses.replace(
+        swept, out=str(tmp_path), grid=Grid(("kl",), sample_from=("rl",)), controls=Controls(False)
+    )
     measure, left_out = decode.calibrate.criterion_values, []
 
     def poisoned(*args, **options):
+        assert options["sample_from"] == "rl"  # whose most probable tokens `top_logprobs` would take
         found = measure(*args, **options)
         for rows in (x[:many] for x in found.values()):
             left_out.append(sum(row.size for row in rows))

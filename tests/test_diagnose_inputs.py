@@ -86,7 +86,12 @@ def test_ids_are_packed_and_come_back():
 def test_decoding_runs_are_scored_by_the_tokens_they_drew(tmp_path, tokenizer, other_split, caplog):
     out = write_run(tmp_path, tokenizer, other_split)
     write_run(tmp_path, tokenizer, other_split, setting="base", model="base")
-    for path, sources in ((out / "seed0.json", {"rl"}), (out / "seed0.rows.jsonl", {"rl"}), (tmp_path, {"base", "rl"})):
+    for path, sources in (
+        (out / "seed0.json", {"rl"}),
+        (out / "seed0*", {"rl"}),
+        (out / "seed0.rows.jsonl", {"rl"}),
+        (tmp_path, {"base", "rl"}),
+    ):
         given = read_given([str(path)], tokenizer)
         assert [one.tokens for one in given] == [other_split] * 4 * len(sources)
         assert {one.source for one in given} == sources

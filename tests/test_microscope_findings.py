@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from rlvr_jax.evaluation import mean_interval
+from rlvr_jax.microscope import statistics
 from rlvr_jax.microscope.files import SCALARS, Response, TokenTable
 from rlvr_jax.microscope.findings import Options, findings
 
@@ -93,3 +94,48 @@ def test_intervals_are_those_of_accuracies(table):
         assert interval["low"] is interval["high"] is None
     assert found["sources"]["rl"]["mean_delta_logp"]["low"] is not None
     assert found["histograms"]["kl"]["overlap_if_alike"]["value"] is not None
+
+
+def test_what_counts_and_what_is_listed(table):
+    """Tails by size, thresholds included, one token per response, token types of several problems."""
+    delta = table.values["delta_logp"].copy()
+    delta[:4], delta[4] = (1.0, 1.0, -1.0, -1.0), 1.5  # exactly at the threshold
+    token = table.token.copy()
+    token[100:112], delta[100:112] = 40, 3.0  # often, and in one response
+    token[[0, 150, 300, 450]] = 41  # in four problems, too rarely
+    text = pa.chunked_array([pa.array([f"<{t}>" for t in token])])
+    found = findings(table._replace(values=table.values | {"delta_logp": delta}, token=token, text=text), Options())
+    base = table.response % 2 == 0
+    for side, expected in (("above", delta >= 1), ("below", delta <= -1)):
+        share = found["delta_logp_tails"]["base"][1][side]["value"]
+        assert share == pytest.approx(expected[base].mean())
+    assert found["delta_logp_tails"]["base"][1]["below"]["value"] > (delta[base] < -1).mean()
+    one = found["histograms"]["delta_logp"]
+    assert one["tail_threshold"] == pytest.approx(np.quantile(np.abs(delta), 0.95))
+    assert one["tail_share"]["rl"]["value"] == pytest.approx((np.abs(delta) >= one["tail_threshold"])[~base].mean())
+    for end, sign in (("highest", 1), ("lowest", -1)):
+        listed = found["extremes"][end]
+        keys = [(x["problem"], x["sample"], x["source"]) for x in listed]
+        assert len(keys) == len(set(keys)) == 12
+        largest = [sign * (sign * delta[table.response == r]).max() for r in range(12)]
+        assert [x["delta_logp"] for x in listed] == pytest.approx(sorted(largest, key=lambda x: -sign * x))
+    types = found["token_types"]
+    assert (types["at_least"], {x["id"] for end in ("highest", "lowest") for x in types[end]}) == (5, {0, 1, 2, 3, 4})
+    assert found["agreement"]["base"]["jaccard_by_chance"] == pytest.approx(0.05 / 1.95)
+
+
+def test_the_interval_of_an_overlap_is_the_reflected_one(table):
+    """Resamples overlap less than all tokens do, so their quantiles lie below the value and are turned over."""
+    found = findings(table, Options(resamples=300))["histograms"]["kl"]
+    problem, base = table.response // 2, table.response % 2 == 0
+    counts = [
+        np.array([statistics.histogram(table.values["kl"][side & (problem == p)], found["edges"]) for p in range(6)])
+        for side in (base, ~base)
+    ]
+    drawn = statistics.bootstrap(statistics.overlap, *counts, resamples=300)
+    got = found["overlap"]
+    assert got["value"] == pytest.approx(drawn.value)
+    assert (got["low"], got["high"]) == pytest.approx(
+        (2 * drawn.value - drawn.high, min(1, 2 * drawn.value - drawn.low))
+    )
+    assert got["low"] != pytest.approx(drawn.low)

@@ -101,6 +101,9 @@ def test_overlap_of_few_tokens_is_read_beside_that_of_alike_ones():
     alike = overlap_if_alike(a_PK, far_PK)
     assert overlap(a_PK.sum(0), far_PK.sum(0)) < 0.1 < alike.low
     assert np.isnan(overlap_if_alike(np.zeros((3, 4)), b_PK[:3, :4]).value)
+    # Of two problems none, one or both are swapped: the sides share nothing, everything, nothing.
+    two = overlap_if_alike([[2, 0], [2, 0]], [[0, 2], [0, 2]], draws=2000)
+    assert (two.value, two.low, two.high) == (pytest.approx(0.5, abs=0.05), 0, 1)
     assert np.isnan(overlap_if_alike([[1, 2], [0, 0]], [[2, 1], [0, 0]])).all()  # of one problem
 
 
@@ -121,6 +124,11 @@ def test_gradient_mass_is_lemma_3_1():
     tokens, mass = gradient_by_probability(np.log([0.1, 0.2, 0.9]), [0, 0.5, 1], groups=[0, 1, 1])
     assert tokens.tolist() == [[1, 0], [1, 1]]
     np.testing.assert_allclose(mass, [[0.9, 0], [0.8, 0.1]])
+
+
+def test_a_probability_above_1_by_rounding_has_no_negative_mass():
+    tokens, mass = gradient_by_probability([1e-6, 0.0], [0, 0.5, 1])
+    assert (tokens.tolist(), mass.tolist()) == ([0, 2], [0, 0])
 
 
 def test_selection_at_a_share():
