@@ -240,7 +240,7 @@ def test_a_part_that_one_process_cannot_read_is_damage_to_all(place, whole):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for code, err in ended(start(place, folder, 2)):
         assert code in (RUN_ERROR, PEER_LOST), err  # whoever ends first is why the other one must end
-        assert "checkpoints/3: damaged: ValueError: DATA_LOSS" in err
+        assert "checkpoints/3: damaged: ValueError: " in err
         assert "--checkpoint.fallback resumes from" in err
     finished(start(place, folder, 2, checkpoint__fallback=True))
     assert (folder / "checkpoints" / "3.damaged").is_dir()
