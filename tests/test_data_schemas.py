@@ -93,6 +93,22 @@ def test_the_answer_of_a_solution_is_its_last_box(tmp_path):
     assert (problem.messages[0]["content"], problem.answer) == (TEXT, "7")
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("She sold 48/2 = <<48/2=24>>24.\nSo 24+48 = 72.\n#### 72", "72"),
+        ("#### -1,072 \n", "-1,072"),
+        ("#### 1\n#### 2\r\n", "2"),
+        ("#### 1\nand more", "#### 1\nand more"),
+        ("a #### b", "a #### b"),
+        ("x\n####", "x\n####"),
+    ],
+)
+def test_the_answer_of_a_worked_solution_is_its_marked_last_line(tmp_path, text, answer):
+    path = write_jsonl(tmp_path / "rows.jsonl", {"question": TEXT, "answer": text})
+    assert read_problems(path)[0].answer == answer
+
+
 @pytest.mark.parametrize("solution", ["so it is 7", "\\boxed{1} or \\boxed{2"])
 def test_a_solution_without_a_box_is_named(tmp_path, solution):
     path = write_jsonl(tmp_path / "rows.jsonl", {"problem": TEXT, "solution": solution})

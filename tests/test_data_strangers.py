@@ -129,12 +129,24 @@ def test_indices_that_became_floats(tmp_path):
         ),
         ({"prompt": [{"from": "human", "value": "x"}], "answer": "1"}, r"\['role'\] = None"),
         ({"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")], "answer": "1"}, "assistant's turn"),
+        ({"prompt": [{"role": r, "content": "x"} for r in ("user", "assistant")], "answer": "1"}, "assistant's turn"),
     ],
 )
 def test_prompts_that_ask_nothing(tmp_path, row, part):
     path = write_jsonl(tmp_path / "q.jsonl", GOOD.strip(), row)
     with pytest.raises(ValueError, match=rf"q\.jsonl row 1: .*{part}"):
         read_problems(path)
+    key = next(iter(row))
+    path = write_jsonl(tmp_path / "named.jsonl", {"asked" if name == key else name: row[name] for name in row})
+    with pytest.raises(ValueError, match=rf"named\.jsonl row 0: .*{part}".replace(f"'{key}'", "'asked'")):
+        read_problems(path, prompt_column="asked")
+
+
+def test_columns_of_one_name(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["1"]), pa.array(["2"])], ["problem", "answer", "answer"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice\.parquet: has several columns of the name answer"):
+        read_problems(tmp_path / "twice.parquet")
 
 
 def test_unknown_roles_of_conversations(tmp_path):

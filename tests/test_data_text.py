@@ -166,6 +166,22 @@ def test_conversation_mask_by_hand(tiny):
     assert tokens[-1] == tiny.eos_token_id
 
 
+def test_the_end_of_a_turn_that_only_the_vocabulary_calls_special(tiny, tmp_path):
+    """As in a base model's folder, whose settings name another end-of-text token."""
+    messages = [*user("1+1"), {"role": "assistant", "content": "2."}]
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<s>", "pad_token": "<s>"}')
+    other = load_tokenizer(tmp_path)
+    assert tiny.eos_token_id not in other.all_special_ids
+    assert encode_conversation(other, messages) == encode_conversation(tiny, messages)
+
+
+def test_a_byte_order_mark_before_a_template_is_no_text(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("\ufeff" + tiny.chat_template, encoding="utf-8")
+    assert encode_chat(load_tokenizer(tmp_path), user("1+1")) == encode_chat(tiny, user("1+1"))
+
+
 def test_conversations_that_cannot_be_learnt_are_refused(tiny):
     with pytest.raises(ValueError, match="the roles user"):
         encode_conversation(tiny, user("x"))

@@ -45,6 +45,27 @@ def test_rope_keys_that_change_nothing(rope, expected, caplog):
     assert not caplog.records
 
 
+def test_the_original_length_outside_of_the_object_goes_first():
+    """As transformers 5 reads it; passed over, every frequency would be another."""
+    for rope in (CARD_YARN, {"type": "yarn", "factor": 4.0}):
+        config = QwenConfig.from_hf(QWEN3_8B | {"rope_scaling": rope, "original_max_position_embeddings": 4096})
+        assert config.rope_scaling == YarnConfig(4.0, 4096)
+    assert QwenConfig.from_hf(QWEN3_8B | {"original_max_position_embeddings": 4096}).rope_scaling is None
+    with pytest.raises(ValueError, match="original_max_position_embeddings is 'x'"):
+        QwenConfig.from_hf(QWEN3_8B | {"rope_scaling": CARD_YARN, "original_max_position_embeddings": "x"})
+
+
+def test_a_rope_theta_that_would_be_lost_is_refused():
+    """YaRN added, as the model cards say, to a config.json that transformers 5 wrote: theta would become 10,000."""
+    written = {key: value for key, value in QWEN3_8B.items() if key != "rope_theta"}
+    written["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    assert QwenConfig.from_hf(written | {"rope_scaling": None}).rope_theta == 1e6
+    with pytest.raises(ValueError, match="rope_scaling beside rope_parameters, which alone has rope_theta"):
+        QwenConfig.from_hf(written | {"rope_scaling": CARD_YARN})
+    assert QwenConfig.from_hf(written | {"rope_scaling": CARD_YARN, "rope_theta": 5e5}).rope_theta == 5e5
+    assert QwenConfig.from_hf(written | {"rope_scaling": CARD_YARN | {"rope_theta": 5e5}}).rope_theta == 5e5
+
+
 @pytest.mark.parametrize(
     ("rope", "named"),
     [

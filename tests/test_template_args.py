@@ -43,6 +43,7 @@ def place(tmp_path_factory):
     [
         ([], {}),
         (["a=false", "b=False", "c=None", "d=null"], {"a": False, "b": False, "c": None, "d": None}),
+        (["a=FALSE", "b=TRUE", "c=NULL", "d=none"], {"a": False, "b": True, "c": None, "d": None}),
         (["effort=high", 'effort_2="1"', "n=1", "x=0.5"], {"effort": "high", "effort_2": "1", "n": 1, "x": 0.5}),
         (["list=[1, 2]", "text=a=b", "none="], {"list": [1, 2], "text": "a=b", "none": ""}),
     ],

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -22,6 +23,9 @@ _PROMPTS = ("prompt", "problem", "question", "messages")
 _COLUMNS = ("prompt", "messages", "reward_model", "data_source", "extra_info")
 _PLAIN_COLUMNS = ("problem", "question", "answer", "ground_truth", "solution", "id", "index", "unique_id")
 _SPELLINGS = tuple(form(name) for name in _PLAIN_COLUMNS for form in (str, str.capitalize, str.upper))
+
+
+_WORKED = re.compile(r"(?:^|\n)####[ \t]*(\S[^\n]*?)\s*$")  # GSM8K: the answer is the last line of a worked solution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,8 @@ def read_problems(
     `messages`, `answer` or `ground_truth` (a text or number) or else `solution` (its last `\boxed{...}` is the answer),
     `id`, `index` or `unique_id`; these may be capitalised or in capitals. That covers, as they are published: AIME24 of
     HuggingFaceH4, Maxwell-Jia and math-ai, AIME25 of math-ai and opencompass, AMC23 of math-ai, MATH-500 of
-    HuggingFaceH4. Numbers become plain decimals, 27.0 the text 27 and 1e-7 the text 0.0000001.
+    HuggingFaceH4. Of a worked solution in the place of an answer whose last line is `#### 72` (GSM8K of openai), 72 is
+    the answer. Numbers become plain decimals, 27.0 the text 27 and 1e-7 the text 0.0000001.
 
     Published files repeat rows: AIME problems 32 times, DAPO's about 100 times. What makes two rows the same problem is
     their id, never their text alone. The id is the first of these under which all rows of one id have the same
@@ -84,8 +89,8 @@ def read_problems(
 
     Raises:
         ValueError: a missing, empty or unreadable file; a missing or unusable key, naming file, row and key (an answer
-            that is NaN or infinite, a blank prompt, a role not in `rlvr_jax.data.text.ROLES`); "by_id" where indices
-            do not identify the problems.
+            that is NaN or infinite, a blank prompt or one that the assistant answers, a role not in
+            `rlvr_jax.data.text.ROLES`); "by_id" where indices do not identify the problems.
     """
     if deduplicate not in ("none", "by_id"):
         raise ValueError(f"deduplicate = {deduplicate!r}: expected 'none' or 'by_id'")
@@ -183,10 +188,8 @@ def _messages(row, where, suffix, column="") -> tuple[dict[str, str], ...]:
     users = [message for message in messages if message["role"] == "user"]
     if not all(message["content"].strip() for message in users or messages):
         raise ValueError(f"{where}: {key!r} is blank: expected a text")
-    if key == "messages" and messages[-1]["role"] == "assistant":
-        raise ValueError(
-            f"{where}: 'messages' ends with the assistant's turn: expected a prompt that is to be answered"
-        )
+    if messages[-1]["role"] == "assistant":  # in whichever column: it would tell the model the solution
+        raise ValueError(f"{where}: {key!r} ends with the assistant's turn: expected a prompt that is to be answered")
     if suffix:
         if not users:
             raise ValueError(f"{where}: {key!r} has no user turn for prompt_suffix = {suffix!r}")
@@ -232,7 +235,8 @@ def _answer_text(value, where, key) -> str:
     text = value if isinstance(value, str) else _number_text(value)
     if text is None or not text.strip():
         raise ValueError(f"{where}: {key!r} = {brief(value)}: expected a text or a finite number")
-    return text
+    worked = _WORKED.search(text)
+    return text if worked is None else worked.group(1)
 
 
 def _number_text(value) -> str | None:

@@ -73,6 +73,8 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, An
             file = stack.enter_context(pq.ParquetFile(path))
             schema = file.schema_arrow
         present = [name for name in schema.names if name in columns]
+        if twice := sorted({name for name in present if present.count(name) > 1}):
+            raise ValueError(f"{path}: has several columns of the name {', '.join(twice)}")
         if not present:
             names = ", ".join(schema.names[:50])
             raise ValueError(f"{path}: has the columns {names}, expected some of {', '.join(columns)}")

@@ -91,7 +91,8 @@ def encode_conversation(
             f"{prompt[-50:]!r}"
         )
     prompt_tokens, turn = encode_text(tokenizer, prompt), encode_text(tokenizer, whole[len(prompt) :])
-    ends = set(tokenizer.all_special_ids)
+    # Those of tokenizer.json too: tokenizer_config.json need not name the token that ends a turn.
+    ends = {*tokenizer.all_special_ids, *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)}
     last = max((i for i, token in enumerate(turn) if token in ends), default=None)
     if last is None:
         raise ValueError(f"{tokenizer.name_or_path}: the chat template ends the assistant's turn with no special token")

@@ -13,7 +13,12 @@ from rlvr_jax.data.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_WORDS = {"True": True, "False": False, "None": None}  # as Python spells them
+_WORDS = {
+    "true": True,
+    "false": False,
+    "null": None,
+    "none": None,
+}  # in any capitals: "FALSE" as a text would count as true
 # What `apply_chat_template` and those who call it take themselves; tools and documents it hands on.
 _RESERVED = {
     *inspect.signature(Tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents"},
@@ -33,7 +38,7 @@ def parse_template_args(words: Sequence[str]) -> dict[str, Any]:
         if not equals or key in found:
             raise ValueError(f"{word!r}: {'named twice' if equals else 'expected KEY=VALUE'}")
         try:
-            found[key] = _WORDS[text] if text in _WORDS else json.loads(text)
+            found[key] = _WORDS[text.lower()] if text.lower() in _WORDS else json.loads(text)
         except ValueError:
             found[key] = text
     return found

@@ -50,6 +50,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise
     except BaseException as error:  # the tokenizers library raises Exception itself, and panics that are none
         raise ValueError(f"{path}: no tokenizer can be loaded: {type(error).__name__}: {error!s:.500}") from error
+    if isinstance(tokenizer.chat_template, str):  # a byte order mark would become a part of every prompt
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     if tokenizer.chat_template:
         template.prepare()  # its start takes as long as the rest of a program's
     return tokenizer

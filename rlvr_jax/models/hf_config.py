@@ -87,6 +87,18 @@ def read_fields(source: str | Path | Mapping[str, Any], max_positions: int | Non
     if not isinstance(rope, Mapping):
         raise ValueError(f"{where}: rope_scaling is {rope!r:.200}, expected an object")
     theta = "rope_theta" if rope.get("rope_theta") is None else "rope_scaling"
+    other = hf.get("rope_parameters")  # what transformers passes over where both are there
+    if (
+        rope is not other
+        and isinstance(other, Mapping)
+        and other.get("rope_theta")
+        and not (rope | hf).get("rope_theta")
+    ):
+        raise ValueError(
+            f"{where}: rope_scaling beside rope_parameters, which alone has rope_theta; expected one object with all"
+        )
+    # Of a key outside of the object, which goes before the one inside.
+    original = {key: hf[key] for key in ("original_max_position_embeddings",) if hf.get(key) is not None}
     return {
         "model_type": model_type,
         **sizes,
@@ -94,7 +106,7 @@ def read_fields(source: str | Path | Mapping[str, Any], max_positions: int | Non
         "num_kv_heads": _size(hf, "num_kv_heads", where, sizes["num_heads"]),
         "head_dim": _size(hf, "head_dim", where, head_dim),
         "rope_theta": _number(hf if theta == "rope_theta" else rope, "rope_theta", where, 10_000.0),
-        "rope_scaling": parse_rope(rope, declared, where),
+        "rope_scaling": parse_rope(rope | original, declared, where),
         "rms_norm_eps": _number(hf, "rms_norm_eps", where, 1e-6),
         "tie_word_embeddings": _flag(hf, "tie_word_embeddings", where),
         "qkv_bias": model_type == "qwen2",
