@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -24,6 +24,7 @@ from decode.summary import (
     write_table,
 )
 from decode.tables import print_settings
+from rlvr_jax.bounds import Name, PathText, Several, require
 from rlvr_jax.files import write_json
 from rlvr_jax.lock import lock
 from rlvr_jax.program import parse_flags
@@ -47,9 +48,9 @@ class CompareConfig:
       out: folder for compare.json, compare.csv, compare.txt and compare.png
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    against: str | None = None
-    out: str = "runs/compare"
+    runs: tyro.conf.Positional[Annotated[tuple[PathText, ...], Several()]]
+    against: Name | None = None
+    out: PathText = "runs/compare"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,9 +89,8 @@ def prepare(argv: Sequence[str]) -> Comparison:
 
 def read(config: CompareConfig) -> Comparison:
     """See `prepare`."""
+    require(config)
     folders = [Path(local(run, ("*.json", "*/setting.json", "*/*.rows.jsonl"))) for run in config.runs]
-    if not folders:
-        raise ValueError("no run: give one or more folders that `python -m decode` wrote")
     for folder in folders:
         _check_folder(folder)
     _check_problem_files(folders)

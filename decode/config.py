@@ -1,16 +1,35 @@
 """Configuration of a decoding run, and everything about it that can be refused without opening a file."""
 
 import dataclasses
-import math
-import re
 from typing import Annotated, Literal
 
 import tyro
 
+from rlvr_jax.bounds import (
+    Axis,
+    Count,
+    Gigabytes,
+    InnerShare,
+    Name,
+    PathText,
+    Range,
+    Seed,
+    Several,
+    Steps,
+    Temperature,
+    Text,
+    Tokens,
+    TopK,
+    TopP,
+    Words,
+    Workers,
+    faults,
+    require,
+)
 from rlvr_jax.data.template_args import TemplateArgs
 from rlvr_jax.direction import CRITERIA
 from rlvr_jax.distributed import DistributedConfig
-from rlvr_jax.rewards.pool import RULES
+from rlvr_jax.rewards.pool import RuleName
 
 Criterion = Literal[
     "delta_logp", "neg_delta_logp", "abs_delta_logp", "entropy_base", "entropy_rl", "kl", "kl_reverse", "js", "js_true",
@@ -19,6 +38,10 @@ Criterion = Literal[
 Control = Literal["gamma0", "abs_delta_logp", "rl", "temperatures", "base"]
 Role = Literal["setting", "gamma0", "abs_delta_logp", "rl", "base", "temperatures"]
 ALWAYS_DECIDED = ("none", "all")  # criteria that look at no threshold
+Gamma = Annotated[float, Range(-100.0, 100.0)]
+ProblemFile = Annotated[str, Text("a problem file, --problems FILE.parquet or FILE.jsonl")]
+StopTokens = Annotated[tuple[Annotated[int, Range(0, 1 << 24)], ...], Several(0)]
+_NAME = "letters, digits and . _ + -, since it names a folder"
 BOXED_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -42,19 +65,19 @@ class Setting:
       control_of: names of the settings that it is a control of
     """
 
-    name: str = ""
+    name: Annotated[str, Text(_NAME, r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}", empty=True)] = ""
     model: Literal["base", "rl", "pair"] | None = None
     criterion: Criterion | None = None
-    tau: float | None = None
-    gamma: float = 0.0
+    tau: Annotated[float, Range(-10_000.0, 10_000.0)] | None = None
+    gamma: Gamma = 0.0
     sample_from: Literal["base", "rl"] = "base"
-    temperature: float = 1.0
-    top_p: float = 0.7
-    top_k: int = 0
-    top_logprobs: int | None = None
-    share: float | None = None
+    temperature: Temperature = 1.0
+    top_p: TopP = 0.7
+    top_k: TopK = 0
+    top_logprobs: Count | None = None
+    share: InnerShare | None = None
     role: Annotated[Role, tyro.conf.Suppress] = "setting"
-    control_of: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    control_of: Annotated[tuple[Name, ...], Several(0), tyro.conf.Suppress] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +93,10 @@ class Grid:
       sample_from: which model proposes each token
     """
 
-    criteria: tuple[Criterion, ...] = ()
-    taus: tuple[str, ...] = ()
-    gammas: tuple[float, ...] = (0.0,)
-    sample_from: tuple[Literal["base", "rl"], ...] = ("base",)
+    criteria: Annotated[tuple[Criterion, ...], Several(0)] = ()
+    taus: Annotated[tuple[Name, ...], Several(0)] = ()
+    gammas: Annotated[tuple[Gamma, ...], Several()] = (0.0,)
+    sample_from: Annotated[tuple[Literal["base", "rl"], ...], Several()] = ("base",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +113,8 @@ class Controls:
     """
 
     on: bool | None = None
-    skip: tuple[Control, ...] = ()
-    temperatures: tuple[float, ...] = (0.3, 0.6, 0.0)
+    skip: Annotated[tuple[Control, ...], Several(0)] = ()
+    temperatures: Annotated[tuple[Temperature, ...], Several(0)] = (0.3, 0.6, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,17 +128,17 @@ class Calibration:
       max_new_tokens: longest of them, in tokens; default: that of the run
     """
 
-    responses: int = 64
-    max_new_tokens: int | None = None
+    responses: Count = 64
+    max_new_tokens: Tokens | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices: sizes of the mesh axes, one of them -1 for the rest. All 1: a single device."""
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = -1
+    data: Axis = 1
+    fsdp: Axis = 1
+    tensor: Axis = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,38 +189,38 @@ class DecodeConfig:
       print_table: print the table of the settings at the end; summary.txt has it in any case
     """
 
-    base: str | None = None
-    rl: str | None = None
-    problems: str = ""
-    out: str = "runs/decode"
+    base: PathText | None = None
+    rl: PathText | None = None
+    problems: ProblemFile = ""
+    out: PathText = "runs/decode"
     setting: Annotated[Setting, tyro.conf.arg(name="")] = Setting()
-    settings: tuple[Setting, ...] = ()
+    settings: Annotated[tuple[Setting, ...], Several(0)] = ()
     grid: Grid = Grid()
-    match_rate: tuple[float, ...] = ()
+    match_rate: Annotated[tuple[InnerShare, ...], Several(0)] = ()
     controls: Controls = Controls()
     calibration: Calibration = Calibration()
-    seeds: tuple[int, ...] = (0,)
-    n: int = 4
-    limit: int | None = None
-    max_new_tokens: int = 20_000
-    max_prompt_tokens: int | None = None
-    slots: int | None = None
-    memory: float | None = None
+    seeds: Annotated[tuple[Seed, ...], Several()] = (0,)
+    n: Count = 4
+    limit: Steps | None = None
+    max_new_tokens: Tokens = 20_000
+    max_prompt_tokens: Tokens | None = None
+    slots: Count | None = None
+    memory: Gigabytes | None = None
     cache_dtype: Literal["model", "int8"] = "model"
-    block: int | None = None
-    prompt_column: str = ""
-    answer_column: str = ""
-    prompt_suffix: str = ""
+    block: Annotated[int, Range(1, 4096)] | None = None
+    prompt_column: Words = ""
+    answer_column: Words = ""
+    prompt_suffix: Words = ""
     template_args: TemplateArgs = dataclasses.field(default_factory=dict)
-    tokenizer: str | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    graders: tuple[str, ...] = ("math_verify",)
-    grader_workers: int = 2
+    tokenizer: PathText | None = None
+    stop_token_ids: StopTokens = ()
+    graders: Annotated[tuple[RuleName, ...], Several()] = ("math_verify",)
+    grader_workers: Workers = 2
     grader_sandbox: bool = False
     unsafe_evaluation: bool = False
     dtype: Literal["float32", "bfloat16"] | None = None
     mesh: MeshConfig = MeshConfig()
-    compile_cache: str | None = "auto"
+    compile_cache: PathText | None = "auto"
     save_tokens: bool = False
     print_table: bool = True
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
@@ -209,32 +232,9 @@ def check_run(config: DecodeConfig) -> None:
     Raises:
       ValueError: one sentence naming the key, the value and what was expected.
     """
+    require(config)
     if config.base is None and config.rl is None:
         raise ValueError("no model: give --base, --rl or both")
-    if not config.problems:
-        raise ValueError("no problem file: give --problems FILE.parquet or FILE.jsonl")
-    for key in ("n", "max_new_tokens", "grader_workers"):
-        _at_least_one(key, getattr(config, key))
-    for key in ("limit", "max_prompt_tokens", "slots", "block"):
-        if getattr(config, key) is not None:
-            _at_least_one(key, getattr(config, key))
-    if config.memory is not None and not (math.isfinite(config.memory) and config.memory > 0):
-        raise ValueError(f"memory = {config.memory}: expected a number of GiB above 0")
-    if config.cache_dtype not in ("model", "int8"):
-        raise ValueError(f"cache_dtype = {config.cache_dtype!r}: expected model or int8")
-    seeds = config.seeds
-    if not seeds or len(set(seeds)) < len(seeds) or not 0 <= min(seeds) <= max(seeds) < 2**31:
-        raise ValueError(f"seeds = {seeds}: expected one or more different integers from 0 to 2**31 - 1")
-    if not config.graders or len(set(config.graders)) < len(config.graders):
-        raise ValueError(f"graders = {config.graders}: expected one or more different ones")
-    for grader in config.graders:
-        if grader not in RULES and not all(grader.partition(":")):
-            raise ValueError(f"graders has {grader!r}: expected {', '.join(RULES)} or module:function")
-    if config.dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(f"dtype = {config.dtype!r}: expected float32 or bfloat16")
-    _at_least_one("calibration.responses", config.calibration.responses)
-    if config.calibration.max_new_tokens is not None:
-        _at_least_one("calibration.max_new_tokens", config.calibration.max_new_tokens)
 
 
 def resolve_setting(config: DecodeConfig, setting: Setting) -> Setting:
@@ -247,8 +247,6 @@ def resolve_setting(config: DecodeConfig, setting: Setting) -> Setting:
     if model is None and both:
         raise ValueError(f"{where}criterion missing: two models are given; set a criterion, or model to base or rl")
     model = model or ("base" if config.rl is None else "rl")
-    if model not in ("base", "rl", "pair"):
-        raise ValueError(f"{where}model = {model!r}: expected base, rl or pair")
     for needed in ("base", "rl") if model == "pair" else (model,):
         if getattr(config, needed) is None:
             raise ValueError(f"{where}model {model!r} needs --{needed}, a checkpoint folder")
@@ -262,16 +260,10 @@ def resolve_setting(config: DecodeConfig, setting: Setting) -> Setting:
         raise ValueError(
             f"{where}criterion, tau, share, gamma and top_logprobs belong to model 'pair', this is {model!r}"
         )
-    if not (math.isfinite(setting.temperature) and setting.temperature >= 0):
-        raise ValueError(f"{where}temperature = {setting.temperature}: expected a number from 0 (greedy) up")
-    if not 0 < setting.top_p <= 1:
-        raise ValueError(f"{where}top_p = {setting.top_p}: expected above 0 and at most 1")
-    if setting.top_k < 0:
-        raise ValueError(f"{where}top_k = {setting.top_k}: expected 0 (off) or more")
-    name = setting.name or _name(setting, model)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
-        raise ValueError(f"setting name {name!r}: it names a folder; use letters, digits and . _ + -")
-    return dataclasses.replace(setting, name=name, model=model)
+    resolved = dataclasses.replace(setting, name=setting.name or _name(setting, model), model=model)
+    for fault in faults(resolved):  # what a grid or a control made
+        raise ValueError(f"{where}{fault.sentence}")
+    return resolved
 
 
 def unmarked(setting: Setting) -> Setting:
@@ -282,35 +274,17 @@ def unmarked(setting: Setting) -> Setting:
 def _check_pair(where: str, setting: Setting) -> None:
     if setting.criterion is None:
         raise ValueError(f"{where}criterion missing: expected one of {', '.join(CRITERIA)}")
-    if setting.criterion not in CRITERIA:
-        raise ValueError(f"{where}criterion = {setting.criterion!r}: expected one of {', '.join(CRITERIA)}")
     if setting.tau is not None and setting.criterion in ALWAYS_DECIDED:
-        raise ValueError(f"{where}tau = {setting.tau}: criterion {setting.criterion} looks at no threshold")
+        raise ValueError(f"{where}tau={setting.tau}: criterion {setting.criterion} looks at no threshold")
     if setting.tau is None and setting.share is None and setting.criterion not in ALWAYS_DECIDED:
         raise ValueError(
             f"{where}tau missing: criterion {setting.criterion} needs a threshold, or --match-rate to find one"
         )
-    if setting.share is not None:
-        if setting.tau is not None or setting.criterion in ALWAYS_DECIDED:
-            given = f"tau = {setting.tau}" if setting.tau is not None else f"criterion {setting.criterion}"
-            raise ValueError(f"{where}share = {setting.share} and {given}: expected only one of them")
-        if not 0 < setting.share < 1:
-            raise ValueError(f"{where}share = {setting.share}: expected a number above 0 and below 1")
-    for key in ("tau", "gamma"):
-        value = getattr(setting, key)
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{where}{key} = {value}: expected a finite number")
-    if setting.sample_from not in ("base", "rl"):
-        raise ValueError(f"{where}sample_from = {setting.sample_from!r}: expected base or rl")
-    if setting.top_logprobs is not None:
-        if setting.criterion == "js_true":
-            raise ValueError(f"{where}top_logprobs = {setting.top_logprobs}: criterion js_true has no published form")
-        _at_least_one(f"{where}top_logprobs", setting.top_logprobs)
-
-
-def _at_least_one(key: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{key} = {value}: expected 1 or more")
+    if setting.share is not None and (setting.tau is not None or setting.criterion in ALWAYS_DECIDED):
+        given = f"tau={setting.tau}" if setting.tau is not None else f"criterion {setting.criterion}"
+        raise ValueError(f"{where}share={setting.share} and {given}: expected only one of them")
+    if setting.top_logprobs is not None and setting.criterion == "js_true":
+        raise ValueError(f"{where}top_logprobs={setting.top_logprobs}: criterion js_true has no published form")
 
 
 def _name(setting: Setting, model: str) -> str:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from decode import run as decoding
 from decode.config import DecodeConfig, Setting
-from decode.diagnose_config import FREE_TO_CHANGE, DiagnoseConfig, PageCommand, check, check_findings
+from decode.diagnose_config import FREE_TO_CHANGE, DiagnoseConfig, PageCommand, check
 from decode.diagnose_inputs import Given, check_given, fingerprint, read_given
 from decode.diagnose_page import draw_results
 from decode.draw import load
@@ -29,6 +29,7 @@ from decode.inputs import check_vocabularies, model_folder, of_pair
 from decode.parts import part_names, read_part, write_part
 from decode.progress import DecodeProgress
 from decode.results import RowLog, check_same, with_whole_paths
+from rlvr_jax.bounds import require
 from rlvr_jax.data.template_args import check_template_args
 from rlvr_jax.data.text import Tokenizer, decode_ids, load_tokenizer, token_pieces
 from rlvr_jax.decode_layout import decode_mesh
@@ -74,7 +75,7 @@ def prepare(argv: Sequence[str]) -> Job | PageCommand:
         command = parse_config(
             PageCommand, argv[1:], prog="python -m decode diagnose page", description=str(PageCommand.__doc__)
         )
-        check_findings(command.findings, command.page)
+        require(command)
         return command
     return checked(parse_config(DiagnoseConfig, argv, prog="python -m decode diagnose", description=DESCRIPTION))
 

@@ -5,8 +5,26 @@ from typing import Annotated, Literal
 
 import tyro
 
-from decode.config import MeshConfig
+from decode.config import MeshConfig, StopTokens
+from rlvr_jax.bounds import (
+    Count,
+    Gigabytes,
+    InnerShare,
+    MaybePath,
+    PathText,
+    Range,
+    Seed,
+    Several,
+    Steps,
+    Temperature,
+    Tokens,
+    TopP,
+    Words,
+    Workers,
+    require,
+)
 from rlvr_jax.data.template_args import TemplateArgs
+from rlvr_jax.rewards.pool import RuleName
 
 FREE_TO_CHANGE = (
     *("out", "findings", "page", "mesh", "batch_tokens", "chunk", "slots", "memory"),
@@ -28,12 +46,12 @@ class FindingsConfig:
       seed: of the resamples
     """
 
-    tail: float = 0.05
-    rate: float = 0.05
-    extremes: int = 20
-    resamples: int = 2_000
-    confidence: float = 0.95
-    seed: int = 0
+    tail: InnerShare = 0.05
+    rate: Annotated[float, Range(0.0, 0.5, "(]")] = 0.05
+    extremes: Annotated[int, Range(0, 1_000_000)] = 20
+    resamples: Count = 2_000
+    confidence: InnerShare = 0.95
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +63,8 @@ class PageConfig:
       problems: only these problems' responses, by their number
     """
 
-    responses: int = 32
-    problems: tuple[int, ...] = ()
+    responses: Count = 32
+    problems: Annotated[tuple[Annotated[int, Range(0, 1_000_000_000)], ...], Several(0)] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,37 +110,37 @@ class DiagnoseConfig:
       page: what the page shows
     """
 
-    base: str | None = None
-    rl: str | None = None
-    responses: tuple[str, ...] = ()
-    problems: str = ""
-    out: str = "runs/diagnosis"
-    n: int = 2
-    limit: int | None = None
-    seed: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 8_192
-    max_prompt_tokens: int | None = None
-    prompt_column: str = ""
-    answer_column: str = ""
-    prompt_suffix: str = ""
+    base: PathText | None = None
+    rl: PathText | None = None
+    responses: Annotated[tuple[PathText, ...], Several(0)] = ()
+    problems: MaybePath = ""
+    out: PathText = "runs/diagnosis"
+    n: Count = 2
+    limit: Steps | None = None
+    seed: Seed = 0
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    max_new_tokens: Tokens = 8_192
+    max_prompt_tokens: Tokens | None = None
+    prompt_column: Words = ""
+    answer_column: Words = ""
+    prompt_suffix: Words = ""
     template_args: TemplateArgs = dataclasses.field(default_factory=dict)
-    stop_token_ids: tuple[int, ...] = ()
-    graders: tuple[str, ...] = ("math_verify",)
-    grader_workers: int = 2
+    stop_token_ids: StopTokens = ()
+    graders: Annotated[tuple[RuleName, ...], Several()] = ("math_verify",)
+    grader_workers: Workers = 2
     grader_sandbox: bool = False
     unsafe_evaluation: bool = False
-    slots: int | None = None
-    memory: float | None = None
-    top: int = 5
-    batch_tokens: int = 16_384
-    chunk: int = 512
+    slots: Count | None = None
+    memory: Gigabytes | None = None
+    top: Annotated[int, Range(1, 1000)] = 5
+    batch_tokens: Tokens = 16_384
+    chunk: Tokens = 512
     cache_dtype: Literal["model", "int8"] = "model"
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    compile_cache: str | None = "auto"
+    compile_cache: PathText | None = "auto"
     findings: FindingsConfig = FindingsConfig()
     page: PageConfig = PageConfig()
 
@@ -137,7 +155,7 @@ class PageCommand:
       page: what the page shows
     """
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[PathText, tyro.conf.Positional]
     findings: FindingsConfig = FindingsConfig()
     page: PageConfig = PageConfig()
 
@@ -148,29 +166,10 @@ def check(config: DiagnoseConfig) -> None:
     Raises:
       ValueError: one sentence naming the key, the value and what was expected.
     """
+    require(config)
     for role in ("base", "rl"):
         if getattr(config, role) is None:
             raise ValueError(f"{role} missing: a diagnosis compares two models; give --{role} FOLDER")
     if bool(config.responses) == bool(config.problems):
         given = "both are given" if config.problems else "neither is given"
         raise ValueError(f"responses and problems: expected one of --responses PATH and --problems FILE, {given}")
-    for key in ("n", "top", "batch_tokens", "chunk", "max_new_tokens", "grader_workers"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key} = {getattr(config, key)}: expected 1 or more")
-    if config.limit is not None and config.limit < 1:
-        raise ValueError(f"limit = {config.limit}: expected 1 or more")
-    check_findings(config.findings, config.page)
-
-
-def check_findings(findings: FindingsConfig, page: PageConfig) -> None:
-    """The same for what the files are read at."""
-    for key in ("tail", "rate", "confidence"):
-        value = getattr(findings, key)
-        if not 0 < value < 1:
-            raise ValueError(f"findings.{key} = {value}: expected a number above 0 and below 1")
-    if findings.rate > 0.5:
-        raise ValueError(f"findings.rate = {findings.rate}: expected at most 0.5")
-    if findings.resamples < 1 or findings.extremes < 0:
-        raise ValueError(f"findings.resamples = {findings.resamples}, findings.extremes = {findings.extremes}: too few")
-    if page.responses < 1:
-        raise ValueError(f"page.responses = {page.responses}: expected 1 or more")

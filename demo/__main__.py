@@ -11,10 +11,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from decode.summary import write_summaries
 from decode.tables import print_settings
 from demo import figure, study, task
+from rlvr_jax.bounds import Count, PathText, Range, Seed, require
 from rlvr_jax.checkpoint import check_place
 from rlvr_jax.files import atomic_path, write_json
 from rlvr_jax.lock import lock
@@ -25,25 +27,21 @@ STAGES = 6
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    out: str = "runs/demo"
+    out: PathText = "runs/demo"
     """Folder of everything the demo makes."""
-    fillers: int = 6
+    fillers: Annotated[int, Range(0, 26)] = 6
     """Meaningless letters that open a step; 0: none (they handicap criteria by entropy)."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the supervised training, of DAPO and of decoding."""
-    problems: int = 256
+    problems: Annotated[int, Range(1, 100_000)] = 256
     """Held-out problems that are decoded."""
-    n: int = 4
+    n: Count = 4
     """Samples a problem."""
 
 
 def prepare(argv: Sequence[str]) -> Demo:
     demo = parse_flags(Demo, argv, prog="python -m demo", description=__doc__)
-    if not 0 <= demo.fillers <= 26:
-        raise ValueError(f"fillers = {demo.fillers}: expected 0 to 26")
-    for key in ("problems", "n"):
-        if getattr(demo, key) < 1:
-            raise ValueError(f"{key} = {getattr(demo, key)}: expected 1 or more")
+    require(demo)
     check_place(demo.out)
     settings = Path(demo.out) / "demo.json"
     if settings.exists() and json.loads(settings.read_text()) != config_dict(demo):

@@ -19,13 +19,14 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlvr_jax.bounds import Count, Range, Seconds, Text
 from rlvr_jax.watch import PEER_LOST, Watch
 
 _WAIT_MS = 2000
@@ -33,21 +34,21 @@ _WAIT_MS = 2000
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    coordinator: str | None = None
+    coordinator: Annotated[str, Text("host:port", r"\S+:\d{1,5}")] | None = None
     """host:port of process 0, a free port there. None: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID of
     the environment, or what Slurm, Open MPI and GKE's TPU pods say in theirs; where none of it is there, one process.
     """
-    processes: int | None = None
+    processes: Count | None = None
     """How many there are."""
-    process: int | None = None
+    process: Annotated[int, Range(0, 1_000_000)] | None = None
     """Which one this is, from 0."""
     auto: bool = False
     """Let jax find the other processes where the environment does not say that there are any (a TPU pod over ssh)."""
-    start_s: float = 300.0
+    start_s: Seconds = 300.0
     """Seconds to wait for all processes to come."""
-    timeout_s: float = 60.0
+    timeout_s: Seconds = 60.0
     """Seconds without a sign of life after which a process counts as dead, and the others stop."""
-    hang_s: float = 1800.0
+    hang_s: Seconds = 1800.0
     """Seconds that the process which is behind all others may stay in one phase before they stop."""
 
 

@@ -225,8 +225,8 @@ def test_what_does_not_fit_together_is_refused(tmp_path, monkeypatch, capsys):
     for runs, message in [
         ((one, two), f"{one} decoded {Path('one.jsonl')}, {two} decoded two.jsonl"),
         ((one, str(tmp_path)), f"{tmp_path}: expected a folder that `python -m decode` wrote, and this one holds "),
-        ((one, one), f"{one} is given twice"),
-        ((), "no run"),
+        ((one, f"{one}/"), f"{one} is given twice"),
+        ((), "runs=(): expected one or more"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             compare.read(CompareConfig(runs))

@@ -242,7 +242,7 @@ def test_bad_input_ends_with_one_sentence(job, tmp_path, monkeypatch, capsys):
         ((*good, "--taus", "1"), "--taus"),
         (("--config", tmp_path / "bad.py"), "unexpected keyword argument 'basis'"),
         (("--config", tmp_path / "none.py"), "none.py: no such file"),
-        ((*good, "--n", "0"), "n = 0: expected 1 or more"),
+        ((*good, "--n", "0"), "n=0: expected 1 to 1,000,000"),
         ((*good, "--tau", "None"), "tau missing"),
         ((*good, "--base", tmp_path / "none"), "base = "),
         ((*good, "--base", tmp_path), "no .safetensors file"),

@@ -205,9 +205,9 @@ def test_what_the_page_shows_is_spread_over_problems():
         ({"base": None}, "base missing"),
         ({"problems": "p.jsonl"}, "expected one of --responses PATH and --problems FILE, both are given"),
         ({"responses": ("nowhere.jsonl",)}, r"nowhere\.jsonl: no such file"),
-        ({"chunk": 0}, "chunk = 0: expected 1 or more"),
+        ({"chunk": 0}, "chunk=0: expected 1 to"),
         ({"top": 49}, "top = 49: expected at most 48"),
-        ({"findings": FindingsConfig(rate=0.7)}, r"findings\.rate = 0\.7: expected at most 0\.5"),
+        ({"findings": FindingsConfig(rate=0.7)}, r"findings\.rate=0\.7: expected above 0, at most 0\.5"),
     ],
 )
 def test_what_is_wrong_is_said_before_work(config, tmp_path, change, message):

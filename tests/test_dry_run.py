@@ -325,7 +325,8 @@ def test_values_prompts_and_context_are_checked(place):
     bad = {"optim__lr": 0, "rollout__n": 0, "algorithm__micro_batches": 0, "mesh__fsdp": 0}
     found = examine(configuration(arguments(place, place / "run", **bad)))
     failed = [check.says.split("=")[0] for check in found.checks if check.ok is False]
-    assert failed == ["rollout.n", "algorithm.micro_batches", "rollout.n", "optim.lr", "mesh.fsdp"]
+    assert failed == ["rollout.n", "algorithm.micro_batches", "optim.lr", "mesh.fsdp"]
+    assert states(found)["mesh"] is None
     assert "values are wrong" in shown(found)
     long = {"rollout__max_response": 250, "reward__overlong_buffer": 0, "mesh__fsdp": 8}
     found = examine(configuration(arguments(place, place / "run", **long)))

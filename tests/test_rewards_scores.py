@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from rlvr_jax.rewards import Graded, GraderPool, rules
+from rlvr_jax.rewards import Graded, GraderPool, rules, worker
 
 GRADERS = """
 import numpy, time
@@ -24,11 +24,35 @@ def score(response, answer):
     return VALUES[response]
 """
 
+SHAPES = """
+import functools
+
+def alone(response): ...
+def three(response, answer, extra): ...
+def named(*, response, answer): ...
+async def later(response, answer): ...
+def steps(response, answer): yield True
+class Kind:
+    def __init__(self, response, answer): ...
+class Waits:
+    async def __call__(self, response, answer): ...
+waits, later_too, number = Waits(), functools.partial(later), 3
+
+def more(response, answer, extra=1): return True
+def all(*words): return True
+class Calls:
+    def __call__(self, response, answer): return True
+    @staticmethod
+    def inside(a, b): return True
+calls, bound = Calls(), functools.partial(three, extra=1)
+"""
+
 
 @pytest.fixture(scope="module")
 def rule(tmp_path_factory):
     folder = tmp_path_factory.mktemp("graders")
     (folder / "scored_graders.py").write_text(GRADERS)
+    (folder / "shaped_graders.py").write_text(SHAPES)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         yield "scored_graders:score"
@@ -63,6 +87,31 @@ def test_what_an_own_function_may_return(rule):
         assert not graded[name].correct
         assert graded[name].error.startswith("TypeError: scored_graders:score returned")
         assert "a float" in graded[name].error
+
+
+def test_an_own_function_takes_a_response_and_an_answer(rule):
+    for name in ("more", "all", "calls", "bound", "Calls.inside"):
+        worker._function(f"shaped_graders:{name}")
+    for name, reason in {
+        "alone": r"takes \(response\), expected \(response, answer\): too many",
+        "three": r"takes \(response, answer, extra\), expected .*: missing a required argument: 'extra'",
+        "named": r"takes \(\*, response, answer\), expected",
+        "later": "is async or a generator",
+        "later_too": "is async or a generator",
+        "waits": "is async or a generator",
+        "steps": "is async or a generator",
+        "Kind": "is a class: expected a function",
+        "number": "is of type int: expected a function",
+    }.items():
+        with pytest.raises(TypeError, match=f"^shaped_graders:{name} {reason}"):
+            worker._function(f"shaped_graders:{name}")
+    with (
+        GraderPool(workers=1, timeout_s=20.0) as pool,
+        pytest.raises(
+            ValueError, match=r"^rule='shaped_graders:alone' cannot be used: TypeError: shaped_graders:alone"
+        ),
+    ):
+        pool.grade("shaped_graders:alone", ["1"], ["1"])
 
 
 def test_an_overrun_counts_as_wrong(rule):

@@ -116,7 +116,7 @@ def test_from_random_weights_to_a_model_that_answers_and_resume(place):
     [
         ({"init_config": ""}, "expected one of the two"),
         ({"model": "x"}, "expected one of the two"),
-        ({"tokenizer": ""}, "tokenizer is empty"),
+        ({"tokenizer": ""}, "tokenizer='': expected a folder"),
         ({"data": "nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
         ({"micro_batches": 3}, "micro_batches=3 does not divide batch=16"),
         ({"micro_batches": 4}, "= 4 rows do not divide over the 8 shards"),

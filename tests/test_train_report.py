@@ -163,7 +163,7 @@ def test_what_is_not_there_is_named(runs, tmp_path):
         with pytest.raises(ValueError, match=match):
             read(ReportConfig(runs=tuple(map(str, folders)), **options))
 
-    refused(r"^no run: give one or more")
+    refused(r"^runs=\(\): expected one or more")
     refused(r"nowhere: no such run folder$", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     refused(r"empty: no config\.json, so this is not the folder of a training run", tmp_path / "empty")

@@ -26,6 +26,11 @@ def killed(response: str, answer: str) -> bool:
     return True
 
 
+def alone(response: str) -> bool:
+    """A rule that takes no answer."""
+    return True
+
+
 def failing(response: str, answer: str) -> float:
     """No reward: an error for every response."""
     return float("nan")

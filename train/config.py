@@ -1,17 +1,49 @@
 """Configuration of a DAPO run: nested frozen dataclasses, filled from a recipe file and from flags."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
+from rlvr_jax.bounds import (
+    Axis,
+    Count,
+    Every,
+    Name,
+    PathText,
+    Range,
+    Seconds,
+    Seed,
+    Several,
+    Share,
+    Source,
+    Steps,
+    Temperature,
+    Text,
+    Tokens,
+    TopK,
+    TopP,
+    Words,
+    Workers,
+)
 from rlvr_jax.data.template_args import TemplateArgs
 from rlvr_jax.distributed import DistributedConfig
+from rlvr_jax.objectives.masks import TOKEN_MASKS
+from rlvr_jax.objectives.policy import AGGREGATIONS
+from rlvr_jax.objectives.reweight import REWEIGHTINGS
+from rlvr_jax.rewards.pool import RuleName
+
+# What AdamW takes, of both training programs.
+LearningRate = Annotated[float, Range(0.0, 10.0, "(]")]
+Decay = Annotated[float, Range(0.0, 1.0, "[)")]
+Epsilon = Annotated[float, Range(0.0, 1.0, "(]")]
+WeightDecay = Annotated[float, Range(0.0, 10.0)]
+ClipNorm = Annotated[float, Range(0.0, 1e12, "(]")]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    path: str = ""
+    path: PathText = ""
     """Hugging Face folder of the base model, with its tokenizer.json."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: Tokens | None = None
     """Declared context length in tokens; None takes config.json's."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on accelerators, float32 on CPU. Master weights are float32 in any case."""
@@ -21,20 +53,20 @@ class ModelConfig:
     attention: Literal["auto", "plain", "chunked", "splash", "cudnn"] = "auto"
     """How the training forward computes attention. auto: splash on TPU; elsewhere plain up to 1,024 tokens a row, then
     chunked. cudnn (NVIDIA GPUs, bfloat16) needs algorithm.packing off."""
-    logprob_chunk: int = 1024
+    logprob_chunk: Tokens = 1024
     """Tokens whose logits exist at one time, over all devices: about 1,024 a device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    train: str | tuple[str, ...] = ""
+    train: Source = ""
     """Training problems: parquet in the published schema, JSONL, or "reasoning_gym:TASK,...?size=500&seed=1". Also a
     folder of such files, a pattern, several of them, or "hf://datasets/OWNER/NAME/PATH" on the Hugging Face hub."""
-    val: str | tuple[str, ...] | None = None
+    val: Source | None = None
     """Validation problems, in the same forms; None: no evaluation."""
-    prompt_column: str = ""
+    prompt_column: Words = ""
     """Column of the prompt, in train and val; a.b is b inside of a. Empty: prompt, problem, question or messages."""
-    answer_column: str = ""
+    answer_column: Words = ""
     """Column of the answer; empty: reward_model.ground_truth, answer, ground_truth, or the last box of solution."""
     template_args: TemplateArgs = dataclasses.field(default_factory=dict)
     """Arguments of the chat template, such as enable_thinking=false; in a recipe a dict."""
@@ -42,9 +74,9 @@ class DataConfig:
     """Keep one training row of each problem id. The 1.8 million rows of DAPO-Math-17k are 17 thousand problems, each
     about 100 times, by accident. The published runs read the file as it is, so their one epoch is 100 passes: with
     `deduplicate` the same is `epochs=100`, with no repeats inside a batch."""
-    prompt_suffix: str = ""
+    prompt_suffix: Words = ""
     """Appended to the (stripped) last user turn. Empty: nothing (reasoning-gym: `rlvr_jax.data.tasks.SUFFIX`)."""
-    max_prompt: int = 2048
+    max_prompt: Tokens = 2048
     """Longest prompt in tokens."""
     too_long: Literal["truncate_left", "drop", "error"] = "truncate_left"
     """What becomes of longer prompts. How many there are is said at the start and stands in the metrics."""
@@ -52,20 +84,20 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    generation_batch: int = 1536
+    generation_batch: Count = 1536
     """Prompts a generation batch."""
-    n: int = 16
+    n: Count = 16
     """Responses a prompt: one group."""
-    max_response: int = 8192
+    max_response: Tokens = 8192
     """Longest response in tokens, the stop token included."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    prompts_at_once: int | None = None
+    temperature: Annotated[float, Range(0.001, 100.0, why="a greedy policy is no policy")] = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    prompts_at_once: Count | None = None
     """Prompts decoded together; bounds the memory of the cache. None: the whole generation batch."""
-    chunk: int = 64
+    chunk: Count = 64
     """Decode steps between two looks of the host."""
-    tensor: int | None = None
+    tensor: Count | None = None
     """In how many parts the policy's weights are split to decode, over the devices of the mesh; None: mesh.tensor. The
     others split the rows. More parts than in training suit large models whose training splits little but fsdp."""
     one_step_off: bool = False
@@ -75,14 +107,14 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    rule: str = "math_verify"
+    rule: RuleName = "math_verify"
     """"math_verify", "dapo_answer", "reasoning_gym" (of its problems), or "module:function" of your own, called with
     (response, answer): a bool it returns counts as +1 or -1, a float is the reward itself (see docs/rewards.md)."""
-    workers: int = 2
+    workers: Workers = 2
     """Grading processes."""
-    timeout_s: float = 10.0
+    timeout_s: Seconds = 10.0
     """Seconds an answer may take; a slower one counts as wrong."""
-    memory_mb: int | None = 2048
+    memory_mb: Annotated[int, Range(1, 1 << 24)] | None = 2048
     """MiB that the grading of an answer may take; one that needs more counts as wrong. None: no limit."""
     sandbox: bool = False
     """Grade every answer in a process of its own that can open no file and no socket and start nothing (Linux). For a
@@ -90,16 +122,16 @@ class RewardConfig:
     unsafe_evaluation: bool = False
     """Where there is no sandbox: let tasks of reasoning-gym evaluate answers all the same. At risk is all that you may
     read, write or send: text that the model wrote may run as code with your rights."""
-    overlong_buffer: int = 4096
+    overlong_buffer: Annotated[int, Range(0, 1 << 24)] = 4096
     """Tokens before max_response over which the punishment grows; 0: none."""
-    overlong_factor: float = 1.0
+    overlong_factor: Annotated[float, Range(0.0, 1000.0)] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskConfig:
-    kind: str = "all"
+    kind: Annotated[str, Text.one_of(TOKEN_MASKS)] = "all"
     """A kind of `rlvr_jax.token_mask`; "all": every response token."""
-    quantile: float = 0.8
+    quantile: Share = 0.8
 
     @property
     def needs_reference(self) -> bool:
@@ -109,9 +141,10 @@ class MaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReweightConfig:
-    kind: str = "none"
+    kind: Annotated[str, Text.one_of(REWEIGHTINGS)] = "none"
     """A kind of `rlvr_jax.reweight`; "low_prob" is the paper's."""
-    alpha: float = 0.2
+    alpha: Annotated[float, Range(-100.0, 100.0)] = 0.2
+    """Strength; below 0 it favours what the kind otherwise holds back."""
     where: Literal["all", "positive", "negative"] = "all"
     mask: MaskConfig = MaskConfig()
     """Only these tokens are re-weighted."""
@@ -128,37 +161,37 @@ class AlgorithmConfig:
     The clips below are dapo's; gspo's are a thousand times smaller, see the recipes."""
     normalize_by_std: bool = True
     """Divide advantages by the standard deviation of the group's scores. Dr. GRPO does not."""
-    clip_low: float = 0.2
+    clip_low: Share = 0.2
     """Lower bound of the ratio: 1 - clip_low."""
-    clip_high: float = 0.28
+    clip_high: Annotated[float, Range(0.0, 10_000.0)] = 0.28
     """Upper bound of the ratio: 1 + clip_high."""
-    clip_dual: float | None = 10.0
+    clip_dual: Annotated[float, Range(1.0, 1e6, "(]")] | None = 10.0
     """Bound of the ratio where the advantage is negative (loss "dapo" alone); None: none."""
-    kl_coef: float = 0.0
+    kl_coef: Annotated[float, Range(0.0, 1000.0)] = 0.0
     """Weight of the KL penalty against the base model in the loss of each token; more than 0 runs that model beside."""
     importance: Literal["none", "token", "sequence"] = "none"
     """Truncated importance weights of the loss where sampler and trainer disagree: of each token, or of each response.
     The sampler's log-probs are those before top-p and top-k, so the weights do not undo these filters."""
-    importance_cap: float = 2.0
+    importance_cap: Annotated[float, Range(0.0, 1e6, "(]")] = 2.0
     """The largest such weight."""
-    aggregation: str = "token-mean"
+    aggregation: Annotated[str, Text.one_of(AGGREGATIONS)] = "token-mean"
     dynamic_sampling: bool = True
     """Keep only groups whose accuracy varies (under a reward rule with graded scores: whose scores vary)."""
-    max_generation_batches: int = 10
+    max_generation_batches: Count = 10
     """Generation batches a trainer step may take."""
     when_short: Literal["error", "pad"] = "error"
     """After that many without a full batch: stop, or train on the groups there are, padded with zero-weight rows."""
     surplus: Literal["carry", "discard"] = "carry"
     """Kept groups beyond train_batch: first in line for the next step, or thrown away (as published)."""
-    train_batch: int = 512
+    train_batch: Count = 512
     """Prompts (groups) a trainer step."""
-    mini_batch: int = 32
+    mini_batch: Count = 32
     """Prompts (groups) an optimizer step."""
-    micro_batches: int = 1
+    micro_batches: Count = 1
     """Parts of a mini-batch (and of its scoring) that pass through the model one after the other, were every response
     of full length. Shorter ones are packed together, so that there are fewer parts, each of the same size (hence 1 part
     stays 1, however short they are)."""
-    row_length: int | None = None
+    row_length: Tokens | None = None
     """Tokens of a row into which responses are packed with their prompts; None: the longest prompt + max_response."""
     packing: bool = True
     """Several responses in a row; off: one a row, padding behind it, which changes nothing but what is computed."""
@@ -171,45 +204,45 @@ class AlgorithmConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 1e-6
-    warmup: int = 10
+    lr: LearningRate = 1e-6
+    warmup: Every = 10
     """Trainer steps: step s, counted from 0, has min(1, s / warmup) * lr, so the first runs at 0, as published."""
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Epsilon = 1e-8
+    weight_decay: WeightDecay = 0.1
+    clip_norm: ClipNorm = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    sequence: int = 1
+    data: Axis = 1
+    fsdp: Axis = -1
+    tensor: Axis = 1
+    sequence: Axis = 1
     """In how many parts the tokens of a row are split: for rows too long for one device, or fewer rows than devices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    every: int = 5
+    every: Every = 5
     """Trainer steps between evaluations; 0: none in between. The first and the last model are evaluated in any case,
     if there are validation problems (data.val)."""
-    n: int = 32
+    n: Count = 32
     """Responses a problem."""
-    pass_k: tuple[int, ...] = (1, 4, 16)
-    """Pass@k for these k (those not above n)."""
-    temperature: float = 1.0
-    top_p: float = 0.7
-    prompts_at_once: int | None = None
-    seed: int = 0
+    pass_k: Annotated[tuple[Count, ...], Several(0)] = (1, 4, 16)
+    """Pass@k for these k (those not above n); none: no Pass@k."""
+    temperature: Temperature = 1.0
+    top_p: TopP = 0.7
+    prompts_at_once: Count | None = None
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 10
+    every: Every = 10
     """Trainer steps between checkpoints; 0: the last step only."""
-    keep: int | None = None
+    keep: Count | None = None
     """Newest checkpoints kept; None: all."""
     fallback: bool = False
     """Where the newest checkpoint is damaged, resume from the newest whole one before it (the damaged one is renamed to
@@ -217,7 +250,7 @@ class CheckpointConfig:
     generated: bool = True
     """Keep graded generation batches in run_dir/generated until a checkpoint covers them: a killed run reads them
     again instead of decoding them again. 8 bytes a response token on disk."""
-    export_every: int = 0
+    export_every: Every = 0
     """Trainer steps between exports of a Hugging Face folder to run_dir/hf_step_N; 0: to run_dir/hf at the end only."""
     export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: the compute dtype."""
@@ -226,38 +259,38 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     tensorboard: bool = True
-    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], Several(0)] = ()
     """Experiment trackers that get every record too; their packages must be installed."""
-    project: str = "rlvr_jax"
+    project: Name = "rlvr_jax"
     """Project of the trackers."""
-    name: str | None = None
+    name: Name | None = None
     """Name of the run there; None: that of the run's folder."""
-    rollouts: int | None = None
+    rollouts: Annotated[int, Range(0, 1_000_000)] | None = None
     """Groups a trainer step whose responses go to run_dir/rollouts, one JSONL file a step; None: all; 0: none."""
     tokens: bool = True
     """Each of those responses token by token: text, advantage after re-weighting, weight, log-prob."""
-    microscope_every: int = 0
+    microscope_every: Every = 0
     """Trainer steps between two looks through the microscope: some of the step's responses, token by token, under the
     initial policy and the current one, in run_dir/microscope (docs/microscope.md). 0: none."""
-    microscope_responses: int = 32
+    microscope_responses: Count = 32
     """Responses of each look, of groups spread over the step's."""
-    profile_step: int | None = None
+    profile_step: Steps | None = None
     """Trainer step, counted from 1, of which jax.profiler writes a trace to run_dir/profile (process 0, its devices);
     None: none. The first steps compile: take the third or a later one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    run_dir: str = "runs/dapo"
+    run_dir: PathText = "runs/dapo"
     """Where everything goes. A run continues from its newest checkpoint there."""
-    compile_cache: str | None = "auto"
+    compile_cache: PathText | None = "auto"
     """Folder that keeps compiled programs, so that a run which goes on does not compile again. auto: compile_cache in
     run_dir, or that of JAX_COMPILATION_CACHE_DIR where it is set; None: none is kept."""
-    steps: int | None = None
+    steps: Steps | None = None
     """Trainer steps in all; None: as many as the epochs give."""
-    epochs: int = 1
+    epochs: Steps = 1
     """Passes over the training problems; the run ends with them, or after `steps` if that comes first."""
-    seed: int = 0
+    seed: Seed = 0
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()

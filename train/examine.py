@@ -57,14 +57,20 @@ class Found(NamedTuple):
 def examine(config: Config) -> Found:
     """Everything that can be found out without a device; nothing is written, and no weights are read or fetched."""
     checks = _Checks()
-    faults = _faults(config)
-    checks.made += [Check("values", False, fault) for fault in faults] or [Check("values", True, "as they should be")]
+    faults = list(value_faults(config))
+    checks.made += [Check("values", False, fault.sentence) for fault in faults] or [
+        Check("values", True, "as they should be")
+    ]
     dtype = _dtype(config.model.compute_dtype)
     checks.attempt("run_dir", lambda: run_folder(config.run_dir), lambda folder: folder.url or str(folder.local))
     options: dict[str, Any] = {"remat": config.model.remat, "dtype": dtype}
     if config.model.max_position_embeddings is not None:
         options["max_position_embeddings"] = config.model.max_position_embeddings
-    mesh = checks.attempt("mesh", lambda: _mesh(config, check_rows=not faults), lambda x: _mesh_says(x, config))
+    mesh = None
+    if any(fault.key.startswith("mesh.") for fault in faults):
+        checks.skip("mesh", "its values")
+    else:
+        mesh = checks.attempt("mesh", lambda: _mesh(config, check_rows=not faults), lambda x: _mesh_says(x, config))
     folder, model, tokenizer = _examine_model(checks, config.model.path, options)
     arguments = config.data.template_args
     if arguments and tokenizer is not None:
@@ -155,15 +161,6 @@ def _examine_data(
     return _Rows(len(prompts), max(map(len, prompts.tokens)), problems)
 
 
-def _faults(config: Config) -> list[str]:
-    faults = []
-    try:
-        faults.extend(value_faults(config))
-    except ValueError as error:
-        faults.append(str(error))
-    return faults
-
-
 def _dtype(compute_dtype: str) -> str:
     """As `prepare.resolved_dtype`, but "auto" is decided by the platform asked for: looking would take a device."""
     if compute_dtype != "auto":
@@ -174,9 +171,6 @@ def _dtype(compute_dtype: str) -> str:
 def _mesh(config: Config, *, check_rows: bool) -> AbstractMesh:
     """The mesh by its sizes; a size of -1 counts as 1, since there may be no device to ask."""
     given = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
-    bad = [f"mesh.{axis}={size}" for axis, size in given.items() if size < 1 and size != -1]
-    if bad or list(given.values()).count(-1) > 1:
-        raise ValueError(f"{', '.join(bad) or 'mesh'}: expected positive sizes, at most one of them -1; got {given}")
     mesh = AbstractMesh(tuple(max(size, 1) for size in given.values()), MESH_AXES)
     if check_rows:
         check_shards(mesh.shape["data"] * mesh.shape["fsdp"], micro_rows(config), MICRO_ROWS)

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from rlvr_jax.bounds import Fault, faults
 from rlvr_jax.data.problems import Problem
 from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.data.shards import names
@@ -22,14 +22,10 @@ from rlvr_jax.fingerprint import of_values
 from rlvr_jax.models.config import QwenConfig, platform_dtype
 from rlvr_jax.models.hf import checkpoint_folder
 from rlvr_jax.models.hf_folder import count_weights
-from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
-from rlvr_jax.objectives.masks import TOKEN_MASKS
-from rlvr_jax.objectives.policy import AGGREGATIONS, POLICY_LOSSES
-from rlvr_jax.objectives.reweight import REWEIGHTINGS
 from rlvr_jax.program import config_dict, parse_config
-from rlvr_jax.rewards.pool import RULES, GraderPool
+from rlvr_jax.rewards.pool import GraderPool
 from rlvr_jax.run_folder import RunFolder
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.sharding import MESH_AXES, make_mesh
 from train.config import MAY_CHANGE, Config, MeshConfig
 from train.problems import tokenized, training_problems, validation_problems
 from train.resume import resumable, run_folder
@@ -155,127 +151,80 @@ def check(config: Config) -> Job:
 def check_values(config: Config) -> None:
     """Raises ValueError for values that no file has to be opened to refuse, at the first of `value_faults`."""
     for fault in value_faults(config):
-        raise ValueError(fault)
+        raise ValueError(fault.sentence)
 
 
-def value_faults(config: Config) -> Iterator[str]:
-    """What is wrong with the configuration's values by themselves: a sentence each."""
-    algorithm, rollout = config.algorithm, config.rollout
-    for name, value in {"model.path": config.model.path, "data.train": config.data.train}.items():
-        if not value:
-            yield f"{name} is empty: expected a path"
-    if config.model.attention == "cudnn" and algorithm.packing:
-        yield "model.attention=cudnn takes one response a row: expected --algorithm.no-packing with it"
-    counts = {
-        "rollout.n": rollout.n,
-        "rollout.generation_batch": rollout.generation_batch,
-        "rollout.max_response": rollout.max_response,
-        "rollout.chunk": rollout.chunk,
-        "data.max_prompt": config.data.max_prompt,
-        "algorithm.train_batch": algorithm.train_batch,
-        "algorithm.mini_batch": algorithm.mini_batch,
-        "algorithm.micro_batches": algorithm.micro_batches,
-        "algorithm.max_generation_batches": algorithm.max_generation_batches,
-        "model.logprob_chunk": config.model.logprob_chunk,
-        "log.microscope_responses": config.log.microscope_responses,
-        "reward.workers": config.reward.workers,
-        "eval.n": config.eval.n,
-        "epochs": config.epochs,
-        "eval.pass_k": min(config.eval.pass_k, default=1),
-    }
-    optional = {
-        "steps": config.steps,
-        "rollout.prompts_at_once": rollout.prompts_at_once,
-        "eval.prompts_at_once": config.eval.prompts_at_once,
-        "checkpoint.keep": config.checkpoint.keep,
-        "log.profile_step": config.log.profile_step,
-        "reward.memory_mb": config.reward.memory_mb,
-    }
-    low = {name: x for name, x in (counts | optional).items() if x is not None and x < 1}
-    for name, value in low.items():
-        yield f"{name}={value}: expected at least 1"
-    if algorithm.dynamic_sampling and rollout.n < 2:
-        yield (
-            f"rollout.n={rollout.n} with algorithm.dynamic_sampling: a group of one never varies, expected at least 2"
-        )
-    most = rollout.generation_batch * algorithm.max_generation_batches
-    if not low and algorithm.when_short == "error" and most < algorithm.train_batch:
-        yield (
-            f"rollout.generation_batch={rollout.generation_batch} x algorithm.max_generation_batches="
-            f"{algorithm.max_generation_batches}: never the {algorithm.train_batch} groups of algorithm.train_batch"
-        )
-    if not low and algorithm.train_batch % algorithm.mini_batch:
-        yield (
-            f"algorithm.mini_batch={algorithm.mini_batch} does not divide algorithm.train_batch={algorithm.train_batch}"
-        )
-    if not low and algorithm.mini_batch * rollout.n % algorithm.micro_batches:
-        yield (
-            f"algorithm.micro_batches={algorithm.micro_batches} does not divide the {algorithm.mini_batch * rollout.n} "
-            "rows of a mini-batch (algorithm.mini_batch * rollout.n)"
-        )
-    masks = {"algorithm.loss_mask": algorithm.loss_mask, "algorithm.reweight.mask": algorithm.reweight.mask}
-    choices = {
-        "algorithm.reweight.kind": (algorithm.reweight.kind, REWEIGHTINGS),
-        "algorithm.reweight.where": (algorithm.reweight.where, ("all", "positive", "negative")),
-        "algorithm.loss": (algorithm.loss, POLICY_LOSSES),
-        "algorithm.importance": (algorithm.importance, IMPORTANCE_WEIGHTS),
-        "algorithm.aggregation": (algorithm.aggregation, AGGREGATIONS),
-        "algorithm.surplus": (algorithm.surplus, ("carry", "discard")),
-        "algorithm.when_short": (algorithm.when_short, ("error", "pad")),
-        **{f"{name}.kind": (mask.kind, TOKEN_MASKS) for name, mask in masks.items()},
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            yield f"{name}={value!r}: expected one of {', '.join(allowed)}"
-    bounds = {
-        "algorithm.clip_low": (
-            algorithm.clip_low,
-            0 <= algorithm.clip_low < 1 or (algorithm.clip_low == 1 and algorithm.loss == "cispo"),
-            "from 0 to below 1 (loss cispo: at most 1)",
+def value_faults(config: Config) -> Iterator[Fault]:
+    """What is wrong with the values: those out of their bounds, then those that do not go together."""
+    wrong = set()
+    for fault in faults(config):
+        wrong.add(fault.key)
+        yield fault
+    for keys, does_fault, sentence in _together(config):
+        if wrong.isdisjoint(keys) and does_fault():
+            yield Fault(keys[0], sentence)
+
+
+def _together(config: Config) -> Iterator[tuple[tuple[str, ...], Callable[[], bool], str]]:
+    """What does not go together: the keys, whether it is so (asked only if each is in its bounds), the sentence."""
+    algorithm, rollout, reweight = config.algorithm, config.rollout, config.algorithm.reweight
+    yield (
+        ("model.attention",),
+        lambda: config.model.attention == "cudnn" and algorithm.packing,
+        "model.attention=cudnn takes one response a row: expected --algorithm.no-packing with it",
+    )
+    sizes = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in MESH_AXES}
+    yield (
+        tuple(sizes),
+        lambda: list(sizes.values()).count(-1) > 1,
+        f"mesh: expected at most one size of -1; got {', '.join(f'{key}={size}' for key, size in sizes.items())}",
+    )
+    yield (
+        ("rollout.n",),
+        lambda: algorithm.dynamic_sampling and rollout.n < 2,
+        f"rollout.n={rollout.n} with algorithm.dynamic_sampling: a group of one never varies, expected at least 2",
+    )
+    yield (
+        ("rollout.generation_batch", "algorithm.max_generation_batches", "algorithm.train_batch"),
+        lambda: (
+            algorithm.when_short == "error"
+            and rollout.generation_batch * algorithm.max_generation_batches < algorithm.train_batch
         ),
-        "algorithm.clip_high": (algorithm.clip_high, 0 <= algorithm.clip_high < math.inf, "from 0 up"),
-        "algorithm.clip_dual": (
-            algorithm.clip_dual,
-            algorithm.clip_dual is None or 1 < algorithm.clip_dual < math.inf,
-            "above 1",
-        ),
-        "algorithm.kl_coef": (algorithm.kl_coef, 0 <= algorithm.kl_coef < math.inf, "from 0 up"),
-        "algorithm.importance_cap": (algorithm.importance_cap, 0 < algorithm.importance_cap < math.inf, "above 0"),
-        "algorithm.reweight.alpha": (algorithm.reweight.alpha, math.isfinite(algorithm.reweight.alpha), "finite"),
-        "rollout.top_k": (rollout.top_k, rollout.top_k >= 0, "0 (off) or more"),
-        "reward.timeout_s": (config.reward.timeout_s, 0 < config.reward.timeout_s < math.inf, "above 0"),
-        "reward.overlong_factor": (
-            config.reward.overlong_factor,
-            0 <= config.reward.overlong_factor < math.inf,
-            "from 0 up",
-        ),
-    }
-    for name, (value, valid, expected) in bounds.items():
-        if not valid:
-            yield f"{name}={value}: expected a number {expected}"
-    if algorithm.reweight.kind == "inverse" and not algorithm.reweight.alpha > 0:
-        yield f"algorithm.reweight.alpha={algorithm.reweight.alpha}: 'inverse' needs more than 0"
-    for name, mask in masks.items():
-        if not 0 <= mask.quantile <= 1:
-            yield f"{name}.quantile={mask.quantile}: expected a number between 0 and 1"
-    yield from optim_faults(config.optim)
-    if not rollout.temperature > 0:
-        yield (f"rollout.temperature={rollout.temperature}: expected more than 0 (a greedy policy is no policy)")
-    if not config.eval.temperature >= 0:
-        yield f"eval.temperature={config.eval.temperature}: expected at least 0"
-    for name, value in {"rollout.top_p": rollout.top_p, "eval.top_p": config.eval.top_p}.items():
-        if not 0 < value <= 1:
-            yield f"{name}={value}: expected a number above 0, at most 1"
-    if not 0 <= config.reward.overlong_buffer <= rollout.max_response:
-        yield (
-            f"reward.overlong_buffer={config.reward.overlong_buffer}: expected 0 to rollout.max_response="
-            f"{rollout.max_response} tokens"
-        )
-    if config.reward.rule not in RULES and ":" not in config.reward.rule:
-        yield f"reward.rule={config.reward.rule!r}: expected {', '.join(RULES)} or 'module:function'"
-    for name, value in {"seed": config.seed, "eval.seed": config.eval.seed}.items():
-        if not 0 <= value < 2**31:
-            yield f"{name}={value}: expected 0 to 2**31 - 1"
+        f"rollout.generation_batch={rollout.generation_batch} x algorithm.max_generation_batches="
+        f"{algorithm.max_generation_batches}: never the {algorithm.train_batch} groups of algorithm.train_batch",
+    )
+    yield (
+        ("algorithm.mini_batch", "algorithm.train_batch"),
+        lambda: algorithm.train_batch % algorithm.mini_batch > 0,
+        f"algorithm.mini_batch={algorithm.mini_batch} does not divide algorithm.train_batch={algorithm.train_batch}",
+    )
+    yield (
+        ("algorithm.micro_batches", "algorithm.mini_batch", "rollout.n"),
+        lambda: algorithm.mini_batch * rollout.n % algorithm.micro_batches > 0,
+        f"algorithm.micro_batches={algorithm.micro_batches} does not divide the {algorithm.mini_batch} x {rollout.n} "
+        "rows of a mini-batch (algorithm.mini_batch * rollout.n)",
+    )
+    yield (
+        ("algorithm.clip_low",),
+        lambda: algorithm.clip_low == 1 and algorithm.loss != "cispo",
+        f"algorithm.clip_low={algorithm.clip_low}: expected below 1 (1 is no bound, which loss cispo alone may have)",
+    )
+    yield (
+        ("algorithm.reweight.alpha",),
+        lambda: reweight.kind == "inverse" and not reweight.alpha > 0,
+        f"algorithm.reweight.alpha={reweight.alpha}: 'inverse' needs more than 0",
+    )
+    yield (
+        ("algorithm.reweight.alpha",),
+        lambda: reweight.kind == "current_focal" and not reweight.alpha >= 0,
+        f"algorithm.reweight.alpha={reweight.alpha}: 'current_focal' needs at least 0",
+    )
+    yield (
+        ("reward.overlong_buffer", "rollout.max_response"),
+        lambda: config.reward.overlong_buffer > rollout.max_response,
+        f"reward.overlong_buffer={config.reward.overlong_buffer}: expected 0 to rollout.max_response="
+        f"{rollout.max_response} tokens",
+    )
 
 
 def model_folder(path: str) -> Path:
@@ -283,22 +232,6 @@ def model_folder(path: str) -> Path:
     folder = checkpoint_folder(path)
     count_weights(path, (file.name for file in folder.iterdir()))
     return folder
-
-
-def check_optim(optim: Any) -> None:
-    """Raises ValueError for optimizer settings that train nothing or spoil the weights."""
-    for fault in optim_faults(optim):
-        raise ValueError(fault)
-
-
-def optim_faults(optim: Any) -> Iterator[str]:
-    """What is wrong with the optimizer's settings: a sentence each."""
-    for name in ("lr", "clip_norm", "eps"):
-        if not 0 < getattr(optim, name) < math.inf:
-            yield f"optim.{name}={getattr(optim, name)}: expected a positive number"
-    for name, high in (("b1", 1), ("b2", 1), ("weight_decay", math.inf), ("warmup", math.inf)):
-        if not 0 <= getattr(optim, name) < high:
-            yield f"optim.{name}={getattr(optim, name)}: expected a number from 0 to below {high}"
 
 
 def read_model_config(

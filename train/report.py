@@ -4,11 +4,12 @@ import dataclasses
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
+from rlvr_jax.bounds import Name, PathText, Several, require
 from rlvr_jax.files import write_json
 from rlvr_jax.lock import lock
 from rlvr_jax.program import parse_flags
@@ -59,9 +60,9 @@ class ReportConfig:
       metrics: what to draw, docs/metrics.md names all: accuracy, avg@32, train/seconds ...; default: a choice
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    out: str | None = None
-    metrics: tuple[str, ...] = ()
+    runs: tyro.conf.Positional[Annotated[tuple[PathText, ...], Several()]]
+    out: PathText | None = None
+    metrics: Annotated[tuple[Name, ...], Several(0)] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +81,8 @@ def prepare(argv: Sequence[str]) -> Report:
 
 def read(config: ReportConfig) -> Report:
     """See `prepare`."""
+    require(config)
     folders = [Path(local(run, ("config.json", "metrics.jsonl"))) for run in config.runs]
-    if not folders:
-        raise ValueError("no run: give one or more folders that `python -m train` wrote")
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         twice = next(str(f) for f, p in zip(folders, paths, strict=True) if paths.count(p) > 1)

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from rlvr_jax.bounds import Count, Every, MaybePath, PathText, Seed, Source, Steps, Tokens, require
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.prompts import prompt_batches
 from rlvr_jax.data.shards import data_files
@@ -52,12 +53,20 @@ from rlvr_jax.training import (
     warmup_cosine,
     with_learning_rate,
 )
-from train.config import CheckpointConfig, MeshConfig
+from train.config import (
+    CheckpointConfig,
+    ClipNorm,
+    Decay,
+    Epsilon,
+    LearningRate,
+    MeshConfig,
+    WeightDecay,
+)
 from train.dapo import model_apply
 from train.display import Display
 from train.export import export
 from train.metrics import MetricLog
-from train.prepare import check_optim, mesh_for, model_folder, read_model_config
+from train.prepare import mesh_for, model_folder, read_model_config
 from train.resume import restore, resumable, run_folder
 from train.same_run import model_inputs, record_of, write_record
 from train.sft_rows import Conversation, Rows, encode
@@ -73,52 +82,52 @@ SHOWN = {
 
 @dataclasses.dataclass(frozen=True)
 class SFTOptim:
-    lr: float = 1e-5
+    lr: LearningRate = 1e-5
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: int = 10
+    warmup: Every = 10
     """Steps of linear warm-up, from lr / warmup to lr."""
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Epsilon = 1e-8
+    weight_decay: WeightDecay = 0.1
+    clip_norm: ClipNorm = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
-    model: str = ""
+    model: MaybePath = ""
     """Hugging Face folder to start from."""
-    init_config: str = ""
+    init_config: MaybePath = ""
     """Instead of it: a config.json (or its folder) to start from random weights."""
-    tokenizer: str = ""
+    tokenizer: MaybePath = ""
     """Folder of the tokenizer; empty: the model's."""
-    data: str | tuple[str, ...] = ""
+    data: Source = ""
     """Conversations: parquet or JSONL with `messages`, or `prompt` and `response`. Also a folder of such files, a
     pattern, several of them, or "hf://datasets/OWNER/NAME/PATH" on the Hugging Face hub."""
     template_args: TemplateArgs = dataclasses.field(default_factory=dict)
     """Arguments of the chat template, such as enable_thinking=false; in a recipe a dict."""
-    run_dir: str = "runs/sft"
+    run_dir: PathText = "runs/sft"
     """Where everything goes. A run continues from its newest checkpoint there."""
-    compile_cache: str | None = "auto"
+    compile_cache: PathText | None = "auto"
     """Folder that keeps compiled programs; auto: compile_cache in run_dir; None: none (see `train.config`)."""
-    steps: int | None = None
+    steps: Steps | None = None
     """Optimizer steps; None: as many as the epochs give."""
-    epochs: int = 1
-    batch: int = 64
+    epochs: Steps = 1
+    batch: Count = 64
     """Conversations an optimizer step."""
-    micro_batches: int = 1
+    micro_batches: Count = 1
     """Parts of a batch that pass through the model one after the other, were every conversation the longest. Shorter
     ones are packed together into rows, so that a part has as many tokens and there are fewer parts."""
-    max_tokens: int = 2048
+    max_tokens: Tokens = 2048
     """Longer conversations are cut on the right."""
-    seed: int = 0
+    seed: Seed = 0
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "dots", "attention", "full"] = "none"
-    logprob_chunk: int = 1024
+    logprob_chunk: Tokens = 1024
     optim: SFTOptim = SFTOptim()
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=lambda: CheckpointConfig(every=0))
-    log_every: int = 1
+    log_every: Steps = 1
     """Steps between records."""
     tensorboard: bool = True
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
@@ -159,24 +168,13 @@ def prepare(argv: Sequence[str]) -> SFTJob:
 
 def check_values(config: SFTConfig) -> None:
     """Raises ValueError for values that no file has to be opened to refuse."""
+    require(config)
     if bool(config.model) == bool(config.init_config):
         raise ValueError(f"model={config.model!r} and init_config={config.init_config!r}: expected one of the two")
     if config.init_config and not config.tokenizer:
-        raise ValueError("tokenizer is empty: expected a folder, since init_config has none")
-    if not config.data:
-        raise ValueError("data is empty: expected a path")
-    counts = {
-        name: getattr(config, name)
-        for name in ("epochs", "batch", "micro_batches", "max_tokens", "logprob_chunk", "log_every", "steps")
-    } | {"checkpoint.keep": config.checkpoint.keep}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
+        raise ValueError("tokenizer='': expected a folder, since init_config has none")
     if config.batch % config.micro_batches:
         raise ValueError(f"micro_batches={config.micro_batches} does not divide batch={config.batch}")
-    if not 0 <= config.seed < 2**31:
-        raise ValueError(f"seed={config.seed}: expected 0 to 2**31 - 1")
-    check_optim(config.optim)
 
 
 def check(config: SFTConfig) -> SFTJob:

@@ -11,14 +11,17 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+from rlvr_jax.bounds import Text
 from rlvr_jax.rewards import rules
 from rlvr_jax.rewards.process import Worker, dismiss, from_outside, stop_teams, wait
 
 log = logging.getLogger(__name__)
 
 RULES = ("math_verify", "dapo_answer", "reasoning_gym")
+RULE = Text(f"{', '.join(RULES)} or module:function", "|".join((*RULES, r"[\w.]+:[\w.]+")))
+RuleName = Annotated[str, RULE]
 REMEMBERED = 1 << 17  # verdicts kept
 OVERRUNS_REMEMBERED = 2  # a pair that failed this often is not tried again: once may be the machine's fault
 START_ATTEMPTS = 3
@@ -178,15 +181,12 @@ class GraderPool:
         marks, 1. The verdicts of the named rules are remembered per (prediction, answer).
 
         Raises:
-            ValueError: an unknown rule, one that cannot be imported, lists of unequal length, something not a text;
-                with `sandbox` a platform that has none.
+            ValueError: an unknown rule, one that cannot be imported or called with (response, answer), lists of
+                unequal length, something not a text; with `sandbox` a platform that has none.
             RuntimeError: workers do not start.
         """
-        if rule not in RULES and not all(rule.partition(":")):
-            raise ValueError(
-                f"rule = {rule!r}: expected one of math_verify, dapo_answer or 'module:function'"
-                " (or reasoning_gym for its own problems)"
-            )
+        if not RULE.allows(rule):
+            raise ValueError(f"rule={rule!r}: expected {RULE.expected}")
         if len(responses) != len(answers):
             raise ValueError(f"{len(responses)} responses but {len(answers)} answers: expected one answer a response")
         for name, texts in (("responses", responses), ("answers", answers)):
@@ -285,7 +285,7 @@ class GraderPool:
                         verdicts[worker.job] = Graded(*map(message.get, ("correct", "prediction", "error", "score")))
                         worker.job, left = None, left - 1
                     elif "fatal" in message:
-                        raise ValueError(f"rule = {rule!r}: the grader cannot be imported: {message['fatal']}")
+                        raise ValueError(f"rule={rule!r} cannot be used: {message['fatal']}")
                     elif message.get("ready"):
                         worker.ready, failed_starts = True, 0
                     else:

@@ -16,6 +16,7 @@ import functools
 import gc
 import hashlib
 import importlib
+import inspect
 import json
 import logging
 import math
@@ -176,6 +177,7 @@ def _reasoning_gym(evaluating):
 def _function(rule):
     module, _, name = rule.partition(":")
     function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    _check_callable(rule, function)
 
     def grade(response, answer):
         verdict: Any = function(response, answer)
@@ -192,6 +194,29 @@ def _function(rule):
         return value > 0, prediction, None, value
 
     return Grader(grade)
+
+
+def _check_callable(rule, function):
+    """Raises TypeError for what cannot be called as `function(response, answer)` and answer with a verdict."""
+    called = (function, getattr(type(function), "__call__", None))  # noqa: B004, an object may be called too
+    lazy = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    kind = None
+    if not callable(function):
+        kind = f"of type {type(function).__name__}"
+    elif inspect.isclass(function):
+        kind = "a class"
+    elif any(is_lazy(one) for is_lazy in lazy for one in called):
+        kind = "async or a generator, which gives no verdict when it is called"
+    if kind is not None:
+        raise TypeError(f"{rule} is {kind}: expected a function of (response, answer)")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C have none
+        return
+    try:
+        signature.bind("", "")
+    except TypeError as error:
+        raise TypeError(f"{rule} takes {signature}, expected (response, answer): {error}") from error
 
 
 def _limit_memory(memory_mb):
