@@ -85,18 +85,21 @@ class Several:
 
     Attributes:
       least: how many there must be. With 0 the empty tuple has a meaning, which the description of the field gives.
+      repeats: a value may be there twice, and means the same as once.
     """
 
     least: int = 1
+    repeats: bool = False
 
     def allows(self, value: tuple) -> bool:
         """Whether they are enough, and all different."""
-        return len(value) >= self.least and all(one not in value[:i] for i, one in enumerate(value))
+        different = self.repeats or all(one not in value[:i] for i, one in enumerate(value))
+        return len(value) >= self.least and different
 
     @property
     def expected(self) -> str:
         """What is wanted in words."""
-        return "one or more different ones" if self.least else "different ones"
+        return ("one or more" if self.least else "several") + ("" if self.repeats else ", all different")
 
 
 Mark = Range | Text | Several

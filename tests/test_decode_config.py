@@ -72,7 +72,7 @@ def test_the_published_recipes(recipe, tau, gamma):
         ({"match_rate": (0.1,)}, "tau=-0.3: the grid says that"),
         ({"criterion": None, "tau": None, "match_rate": (0.1,)}, "match_rate: expected --criterion"),
         ({"limit": 0}, "limit=0"),
-        ({"seeds": ()}, "seeds=(): expected one or more different ones"),
+        ({"seeds": ()}, "seeds=(): expected one or more, all different"),
         ({"seeds": (1, 1)}, "seeds=(1, 1)"),
         ({"seeds": (2**31,)}, "seeds has 2147483648: expected 0 to 2,147,483,647"),
         ({"criterion": "all"}, "tau=-0.3: criterion all looks at no threshold"),

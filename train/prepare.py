@@ -160,71 +160,66 @@ def value_faults(config: Config) -> Iterator[Fault]:
     for fault in faults(config):
         wrong.add(fault.key)
         yield fault
-    for keys, does_fault, sentence in _together(config):
-        if wrong.isdisjoint(keys) and does_fault():
-            yield Fault(keys[0], sentence)
+    yield from _together(config, lambda *keys: wrong.isdisjoint(keys))
 
 
-def _together(config: Config) -> Iterator[tuple[tuple[str, ...], Callable[[], bool], str]]:
-    """What does not go together: the keys, whether it is so (asked only if each is in its bounds), the sentence."""
+def _together(config: Config, known: Callable[..., bool]) -> Iterator[Fault]:
+    """What does not go together, among the keys that are `known` to be in their bounds."""
     algorithm, rollout, reweight = config.algorithm, config.rollout, config.algorithm.reweight
-    yield (
-        ("model.attention",),
-        lambda: config.model.attention == "cudnn" and algorithm.packing,
-        "model.attention=cudnn takes one response a row: expected --algorithm.no-packing with it",
-    )
+    if config.model.attention == "cudnn" and algorithm.packing:
+        yield Fault(
+            "model.attention", "model.attention=cudnn takes one response a row: expected --algorithm.no-packing with it"
+        )
     sizes = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in MESH_AXES}
-    yield (
-        tuple(sizes),
-        lambda: list(sizes.values()).count(-1) > 1,
-        f"mesh: expected at most one size of -1; got {', '.join(f'{key}={size}' for key, size in sizes.items())}",
-    )
-    yield (
-        ("rollout.n",),
-        lambda: algorithm.dynamic_sampling and rollout.n < 2,
-        f"rollout.n={rollout.n} with algorithm.dynamic_sampling: a group of one never varies, expected at least 2",
-    )
-    yield (
-        ("rollout.generation_batch", "algorithm.max_generation_batches", "algorithm.train_batch"),
-        lambda: (
-            algorithm.when_short == "error"
-            and rollout.generation_batch * algorithm.max_generation_batches < algorithm.train_batch
-        ),
-        f"rollout.generation_batch={rollout.generation_batch} x algorithm.max_generation_batches="
-        f"{algorithm.max_generation_batches}: never the {algorithm.train_batch} groups of algorithm.train_batch",
-    )
-    yield (
-        ("algorithm.mini_batch", "algorithm.train_batch"),
-        lambda: algorithm.train_batch % algorithm.mini_batch > 0,
-        f"algorithm.mini_batch={algorithm.mini_batch} does not divide algorithm.train_batch={algorithm.train_batch}",
-    )
-    yield (
-        ("algorithm.micro_batches", "algorithm.mini_batch", "rollout.n"),
-        lambda: algorithm.mini_batch * rollout.n % algorithm.micro_batches > 0,
-        f"algorithm.micro_batches={algorithm.micro_batches} does not divide the {algorithm.mini_batch} x {rollout.n} "
-        "rows of a mini-batch (algorithm.mini_batch * rollout.n)",
-    )
-    yield (
-        ("algorithm.clip_low",),
-        lambda: algorithm.clip_low == 1 and algorithm.loss != "cispo",
-        f"algorithm.clip_low={algorithm.clip_low}: expected below 1 (1 is no bound, which loss cispo alone may have)",
-    )
-    yield (
-        ("algorithm.reweight.alpha",),
-        lambda: reweight.kind == "inverse" and not reweight.alpha > 0,
-        f"algorithm.reweight.alpha={reweight.alpha}: 'inverse' needs more than 0",
-    )
-    yield (
-        ("algorithm.reweight.alpha",),
-        lambda: reweight.kind == "current_focal" and not reweight.alpha >= 0,
-        f"algorithm.reweight.alpha={reweight.alpha}: 'current_focal' needs at least 0",
-    )
-    yield (
-        ("reward.overlong_buffer", "rollout.max_response"),
-        lambda: config.reward.overlong_buffer > rollout.max_response,
-        f"reward.overlong_buffer={config.reward.overlong_buffer}: expected 0 to rollout.max_response="
-        f"{rollout.max_response} tokens",
-    )
+    if list(sizes.values()).count(-1) > 1:
+        given = ", ".join(f"{key}={size}" for key, size in sizes.items())
+        yield Fault("mesh.fsdp", f"mesh: expected at most one size of -1; got {given}")
+    if known("rollout.n") and algorithm.dynamic_sampling and rollout.n < 2:
+        yield Fault(
+            "rollout.n",
+            f"rollout.n={rollout.n} with algorithm.dynamic_sampling: a group of one never varies, expected at least 2",
+        )
+    if (
+        known("rollout.generation_batch", "algorithm.max_generation_batches", "algorithm.train_batch")
+        and algorithm.when_short == "error"
+        and rollout.generation_batch * algorithm.max_generation_batches < algorithm.train_batch
+    ):
+        yield Fault(
+            "rollout.generation_batch",
+            f"rollout.generation_batch={rollout.generation_batch} x algorithm.max_generation_batches="
+            f"{algorithm.max_generation_batches}: never the {algorithm.train_batch} groups of algorithm.train_batch",
+        )
+    if known("algorithm.mini_batch", "algorithm.train_batch") and algorithm.train_batch % algorithm.mini_batch:
+        yield Fault(
+            "algorithm.mini_batch",
+            f"algorithm.mini_batch={algorithm.mini_batch} does not divide algorithm.train_batch="
+            f"{algorithm.train_batch}",
+        )
+    if (
+        known("algorithm.micro_batches", "algorithm.mini_batch", "rollout.n")
+        and algorithm.mini_batch * rollout.n % algorithm.micro_batches
+    ):
+        yield Fault(
+            "algorithm.micro_batches",
+            f"algorithm.micro_batches={algorithm.micro_batches} does not divide the "
+            f"{algorithm.mini_batch * rollout.n} rows of a mini-batch (algorithm.mini_batch * rollout.n)",
+        )
+    if algorithm.clip_low == 1 and algorithm.loss != "cispo":
+        yield Fault(
+            "algorithm.clip_low",
+            f"algorithm.clip_low={algorithm.clip_low}: expected below 1 (1 is no bound, for loss cispo alone)",
+        )
+    if known(key := "algorithm.reweight.alpha") and reweight.alpha <= 0:
+        if reweight.kind == "inverse":
+            yield Fault(key, f"{key}={reweight.alpha}: 'inverse' needs more than 0")
+        if reweight.kind == "current_focal" and reweight.alpha < 0:
+            yield Fault(key, f"{key}={reweight.alpha}: 'current_focal' needs at least 0")
+    if known("reward.overlong_buffer", "rollout.max_response") and config.reward.overlong_buffer > rollout.max_response:
+        yield Fault(
+            "reward.overlong_buffer",
+            f"reward.overlong_buffer={config.reward.overlong_buffer}: expected 0 to rollout.max_response="
+            f"{rollout.max_response} tokens",
+        )
 
 
 def model_folder(path: str) -> Path:

@@ -62,7 +62,7 @@ class ReportConfig:
 
     runs: tyro.conf.Positional[Annotated[tuple[PathText, ...], Several()]]
     out: PathText | None = None
-    metrics: Annotated[tuple[Name, ...], Several(0)] = ()
+    metrics: Annotated[tuple[Name, ...], Several(0, repeats=True)] = ()
 
 
 @dataclasses.dataclass(frozen=True)
