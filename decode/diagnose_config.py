@@ -112,7 +112,7 @@ class DiagnoseConfig:
 
     base: PathText | None = None
     rl: PathText | None = None
-    responses: Annotated[tuple[PathText, ...], Several(0)] = ()
+    responses: Annotated[tuple[PathText, ...], Several(0, repeats=True)] = ()
     problems: MaybePath = ""
     out: PathText = "runs/diagnosis"
     n: Count = 2

@@ -123,7 +123,7 @@ def test_what_means_something_all_the_same_is_known():
         "problems",  # of a diagnosis of given responses
         "setting.name",
     }
-    assert accepting(("x", "x")) == {"metrics"}
+    assert accepting(("x", "x")) == {"metrics", "responses"}
     assert accepting(()) == {
         *("eval.pass_k", "log.trackers", "metrics", "stop_token_ids", "responses", "page.problems", "settings"),
         *("match_rate", "grid.criteria", "grid.taus", "controls.skip", "controls.temperatures", "setting.control_of"),
