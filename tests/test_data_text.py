@@ -223,6 +223,7 @@ def test_conversations_as_prompt_and_response(tmp_path):
         ({"messages": []}, "at least one"),
         ({"messages": "text"}, "'messages' = 'text'"),
         ({"prompt": [1], "response": "a"}, r"'prompt'\[0\] = 1"),
+        ({"prompt": [*user("x"), answer[0]], "response": "a"}, "'prompt' ends with the assistant's turn"),
     ]:
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(row))
         with pytest.raises(ValueError, match=f"rows.jsonl row 1: .*{part}"):

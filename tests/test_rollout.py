@@ -12,7 +12,7 @@ from rlvr_jax.decoding.generate import Generation
 from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded
 from train.config import AlgorithmConfig, Config, RolloutConfig
-from train.rollout import Collector, Group
+from train.rollout import Collector, Decoder, Group
 
 PROMPTS = 12
 HARD = {1, 4, 7}  # no response is right
@@ -98,6 +98,21 @@ def same(a: Group, b: Group) -> bool:
         and np.asarray(getattr(a, field.name)).dtype == np.asarray(getattr(b, field.name)).dtype
         for field in dataclasses.fields(Group)
     )
+
+
+@pytest.mark.parametrize(("lengths", "invalid"), [([0, 0], 2), ([0, 3], 2), ([2, 3], 1), ([2, 3], 0)])
+def test_logits_that_are_not_finite_are_said(monkeypatch, caplog, lengths, invalid):
+    rows = np.zeros((2, 4), np.int32)
+    lengths, ended = np.array(lengths, np.int32), np.arange(2) < invalid
+    made = Generation(rows, rows.astype(np.float32), lengths, ~ended, ended, lengths)
+    monkeypatch.setattr("train.rollout.decode", lambda *_, **__: made)
+    decoder = Decoder(None, None, (), 4, 64, None)
+    if not lengths.any():  # would be read as a model that answers nothing
+        with pytest.raises(RunError, match="no response has a token, since the logits are not finite"):
+            decoder({}, [[1]], [0], prompt_length=1, at_once=None)
+        return
+    decoder({}, [[1]], [0], prompt_length=1, at_once=None)
+    assert (f"{invalid} of 2 responses ended where" in caplog.text) == (invalid > 0)
 
 
 def test_only_groups_whose_accuracy_varies_are_kept_in_order():

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded, GraderPool, all_failed
 from train.config import AlgorithmConfig, Config
 from train.groups import Group, Spool, from_plain, to_plain
+
+log = logging.getLogger(__name__)
 
 
 class Collected(NamedTuple):
@@ -54,6 +57,9 @@ class Decoder:
 
         `on_tokens` is told now and then how many tokens were drawn and how many responses are done, `on_part` is given
         the results of every part.
+
+        Raises:
+          RunError: no response has a token, since the logits are not finite: the weights hold NaN or infinities.
         """
         size = min(at_once or len(prompts), len(prompts))
         done, tokens, before = [], 0, 0
@@ -75,6 +81,7 @@ class Decoder:
                 ),
                 **sampling,
             )
+            _check_finite(result)
             n = len(result.lengths) // size
             wanted = min(size, len(prompts) - begin)
             made = [Generation(*(x[i * n : (i + 1) * n] for x in result)) for i in range(wanted)]
@@ -86,6 +93,16 @@ class Decoder:
     def text(self, tokens: np.ndarray) -> str:
         """The response as text, without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _check_finite(result: Generation) -> None:
+    if result.invalid.all() and not result.lengths.any():
+        raise RunError("no response has a token, since the logits are not finite: look for NaN or infinite weights")
+    if result.invalid.any():
+        log.warning(
+            "%d of %d responses ended where the next token's logits were not finite; they count as cut",
+            *(result.invalid.sum(), len(result.invalid)),
+        )
 
 
 def rows_done(on_phase: Callable[[str], None], phase: str, rows: int) -> Callable[[int, int], None]:

@@ -47,6 +47,8 @@ def _conversation(row: Mapping[str, Any], where: str, roles: Sequence[str] | Non
             raise ValueError(f"{where}: 'response' = {brief(response)}: expected a text, since there are no 'messages'")
         prompt = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         check_messages(prompt, f"{where}: 'prompt'")
+        if prompt[-1]["role"] == "assistant":
+            raise ValueError(f"{where}: 'prompt' ends with the assistant's turn, and 'response' is another one")
         messages = [*prompt, {"role": "assistant", "content": response}]
     check_messages(messages, f"{where}: {key!r}", roles=roles)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
