@@ -118,7 +118,7 @@ Share = Annotated[float, Range(0.0, 1.0)]
 InnerShare = Annotated[float, Range(0.0, 1.0, "()")]
 TopP = Annotated[float, Range(0.0, 1.0, "(]")]
 TopK = Annotated[int, Range(0, 1 << 20, why="0: off")]
-# Logits divided by much less than 0.001 leave float32.
+# Below 0.001 the logits leave float32's precision and then its range; 0 says what is meant.
 Temperature = Annotated[float, Range(0.001, 100.0, also=(0,), why="0: greedy")]
 PathText = Annotated[str, Text("a path")]
 MaybePath = Annotated[str, Text("a path, or nothing", empty=True)]

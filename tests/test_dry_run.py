@@ -327,6 +327,11 @@ def test_values_prompts_and_context_are_checked(place):
     failed = [check.says.split("=")[0] for check in found.checks if check.ok is False]
     assert failed == ["rollout.n", "algorithm.micro_batches", "optim.lr", "mesh.fsdp"]
     assert states(found)["mesh"] is None
+    nothing = {"data__train": "", "reward__timeout_s": "inf", "eval__every": -3}
+    found = examine(configuration(arguments(place, "", **nothing)))
+    failed = [check.says.split("=")[0] for check in found.checks if check.ok is False]
+    assert failed == ["run_dir", "data.train", "reward.timeout_s", "eval.every"], "each is said once"
+    assert [name for name in ("run_dir", "data.train", "reward.rule") if states(found)[name] is not None] == []
     assert "values are wrong" in shown(found)
     long = {"rollout__max_response": 250, "reward__overlong_buffer": 0, "mesh__fsdp": 8}
     found = examine(configuration(arguments(place, place / "run", **long)))

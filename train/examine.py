@@ -56,8 +56,8 @@ class Found(NamedTuple):
 
 def examine(config: Config) -> Found:
     """Everything that can be found out without a device; nothing is written, and no weights are read or fetched."""
-    checks = _Checks()
     faults = list(value_faults(config))
+    checks = _Checks(wrong=[fault.key for fault in faults])
     checks.made += [Check("values", False, fault.sentence) for fault in faults] or [
         Check("values", True, "as they should be")
     ]
@@ -66,11 +66,7 @@ def examine(config: Config) -> Found:
     options: dict[str, Any] = {"remat": config.model.remat, "dtype": dtype}
     if config.model.max_position_embeddings is not None:
         options["max_position_embeddings"] = config.model.max_position_embeddings
-    mesh = None
-    if any(fault.key.startswith("mesh.") for fault in faults):
-        checks.skip("mesh", "its values")
-    else:
-        mesh = checks.attempt("mesh", lambda: _mesh(config, check_rows=not faults), lambda x: _mesh_says(x, config))
+    mesh = checks.attempt("mesh", lambda: _mesh(config, check_rows=not faults), lambda x: _mesh_says(x, config))
     folder, model, tokenizer = _examine_model(checks, config.model.path, options)
     arguments = config.data.template_args
     if arguments and tokenizer is not None:
@@ -87,7 +83,7 @@ def examine(config: Config) -> Found:
         checks.attempt(
             "context", lambda: _context(config, folder, tokenizer, longest, options), lambda x: f"{x:,} tokens fit"
         )
-    checks.attempt("reward.rule", lambda: _rule(config, train.problems), str)
+    checks.attempt("reward.rule", lambda: _rule(config, train.problems), str, keys="reward.")
     return Found(
         config=config,
         checks=checks.made,
@@ -101,13 +97,20 @@ def examine(config: Config) -> Found:
 
 
 class _Checks:
-    """The checks made so far."""
+    """The checks made so far; `wrong` are the keys of values that are not as they should be."""
 
-    def __init__(self) -> None:
+    def __init__(self, wrong: Sequence[str]) -> None:
         self.made: list[Check] = []
+        self._wrong = wrong
 
-    def attempt(self, name: str, do: Callable[[], T], says: Callable[[T], str]) -> T | None:
-        """The result of `do`; None where it raises ValueError or OSError, which is how a check fails."""
+    def attempt(self, name: str, do: Callable[[], T], says: Callable[[T], str], *, keys: str = "") -> T | None:
+        """The result of `do`; None where it raises ValueError or OSError, which is how a check fails.
+
+        It is not tried where a value is wrong whose key begins with `keys`, or else with `name`.
+        """
+        if wrong := next((key for key in self._wrong if key.startswith(keys or name)), None):
+            self.skip(name, f"a right {wrong}")
+            return None
         try:
             result = do()
         except (ValueError, OSError) as error:
