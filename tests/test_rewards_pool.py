@@ -219,6 +219,11 @@ def test_verdicts_are_remembered_but_first_overruns_are_not(monkeypatch):
             (graded,) = pool.grade("math_verify", [boxed("9^{9^{9^9}}")], ["1"])
             assert calls.pop() == expected
             assert graded == Graded(False, "9^{9^{9^9}}", "exceeded the time limit of 0.5 s")
+        long = "7" * 1900
+        for _ in range(2):
+            assert pool.grade("math_verify", [boxed(long)], ["1"]) == [Graded(False, long, None)]
+        assert calls == [[(long, "1")], []]
+        assert "777" not in repr(pool._memo)  # 2^17 of them would fill gigabytes
 
 
 def test_throughput_once_warm(pool):

@@ -192,14 +192,48 @@ def test_secrets_are_not_in_reach(pool, rule):
 
 
 def test_published_rules_give_the_same_verdicts_in_it():
-    predictions = ["\\frac{1}{2}", "0.5", "1,1", "\\text{x", "x=5"]
-    answers = ["0.5", "\\frac12", "1", "2", "5"]
+    # sympy imports more when it compares the last three.
+    predictions = ["\\frac{1}{2}", "0.5", "1,1", "\\text{x", "x=5", "(x)\\in(1,2)", "[1,2)", "\\prod_{i=1}^3 i"]
+    answers = ["0.5", "\\frac12", "1", "2", "5", "x\\in(1,2)", "[1,2]\\cap[0,1]", "6"]
     responses = [f"\\boxed{{{x}}}" for x in predictions]
     with (
         GraderPool(workers=1, timeout_s=20) as plain,
         GraderPool(workers=1, timeout_s=20, sandbox=True) as confined,
     ):
         assert confined.grade("math_verify", responses, answers) == plain.grade("math_verify", responses, answers)
+
+
+LATE = """
+import ast, contextlib, importlib, pathlib, runpy, sys
+import math_verify
+for name in runpy.run_path(sys.argv[1], run_name="worker")["_SYMPY_LATE"]:
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"sympy.{name}")
+aside = ("plotting", "printing", "testing", "interactive", "external", "utilities", "physics", "parsing")
+late = set()
+for name, module in list(sys.modules.items()):
+    if not name.startswith("sympy.") or name.split(".")[1] in aside:
+        continue
+    path = pathlib.Path(module.__file__)
+    package = name.split(".")[: None if path.name == "__init__.py" else -1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*base, *filter(None, [node.module])])
+            late.update([base, *(f"{base}.{x.name}" for x in node.names)])
+root = pathlib.Path(sys.modules["sympy"].__file__).parent.parent
+for name in sorted(late - sys.modules.keys()):
+    path = root.joinpath(*name.split("."))
+    if name.startswith("sympy.") and name.split(".")[1] not in aside:
+        if path.with_suffix(".py").exists() or path.is_dir():
+            print(name)
+"""
+
+
+@pytest.mark.slow
+def test_all_that_sympy_imports_late_is_there_before():
+    done = subprocess.run([sys.executable, "-c", LATE, worker.__file__], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
 
 
 def test_without_a_sandbox_it_is_refused(monkeypatch):
@@ -278,6 +312,19 @@ def test_an_import_that_comes_too_late_is_named(pool, rule):
         "the grading imports sqlite3, which the sandbox allows only before it: "
         "ModuleNotFoundError: No module named 'sqlite3'"
     )
+
+
+def test_a_machine_that_cannot_start_a_process_is_no_fault_of_an_answer(monkeypatch):
+    def fails():
+        raise BlockingIOError(11, "no process left")
+
+    monkeypatch.setattr(sandbox.os, "fork", fails)
+    before = sorted(os.listdir("/proc/self/fd"))
+    grader = worker.Grader(lambda text, answer: (True, None, None, None))
+    message = worker._verdict_apart(sandbox, grader, {"text": "x", "answer": "y"}, 1.0)
+    assert message["error"].startswith("no process can be started to grade in: ")
+    assert from_outside(message)
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_one_that_is_always_killed_ends():

@@ -15,7 +15,7 @@ VALUES = {
     "half": 0.5, "0.0": 0.0, "-0.25": -0.25, "1.0": 1.0, "numpy": numpy.float32(0.75), "array": numpy.array(2.5),
     "pair": (0.25, "seen"), "bool pair": (True, "seen"), "none pair": (0.5, None),
     "nan": float("nan"), "inf": (float("inf"), "seen"), "two": 2, "text": "A", "none": None, "bad pair": (0.5, 3),
-    "triple": (1.0, "a", "b"),
+    "triple": (1.0, "a", "b"), "large": -1e18, "huge": 1e19, "huger": 1e300,
 }
 
 def score(response, answer):
@@ -77,6 +77,9 @@ def test_what_an_own_function_may_return(rule):
         "none pair": Graded(True, None, None, 0.5),
         "nan": Graded(False, None, f"{rule} returned the score nan"),
         "inf": Graded(False, "seen", f"{rule} returned the score inf"),
+        "large": Graded(False, None, None, -1e18),
+        "huge": Graded(False, None, f"{rule} returned the score 1e+19"),
+        "huger": Graded(False, None, f"{rule} returned the score 1e+300"),
     }
     refused = ["two", "text", "none", "bad pair", "triple"]
     names = [*expected, *refused]

@@ -94,7 +94,18 @@ def all_failed(errors: Sequence[str | None]) -> str | None:
     return f"all {len(errors)} gradings failed: {listed}"
 
 
+# Rule, prediction (as a digest where it may be long), reference answer.
+_Key = tuple[str, str | bytes | None, str]
 _NOT_GRADED = Graded(False, None, "not graded")
+
+
+def _digest(prediction: str | None) -> bytes:
+    """Stands for a prediction in what is remembered, which would take gigabytes with thousands of characters each."""
+    return hashlib.sha256((prediction or "").encode(errors="surrogatepass")).digest()
+
+
+def _with(graded: Graded, prediction: str | None) -> Graded:
+    return Graded(graded.correct, prediction, graded.error, graded.score)
 
 
 class GraderPool:
@@ -139,8 +150,8 @@ class GraderPool:
         self.workers, self.timeout_s, self.memory_mb, self.startup_s = workers, timeout_s, memory_mb, startup_s
         self.sandbox, self.unsafe_evaluation = sandbox, unsafe_evaluation
         self._teams: dict[str, list[Worker]] = collections.defaultdict(list)
-        self._memo: dict[tuple[str, str | None, str], Graded] = {}
-        self._overruns: collections.Counter[tuple[str, str | None, str]] = collections.Counter()
+        self._memo: dict[_Key, Graded] = {}
+        self._overruns: collections.Counter[_Key] = collections.Counter()
         self._peak_mb = 0.0
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -172,7 +183,7 @@ class GraderPool:
                 "module:function", called in a worker as `function(response, answer)` under the same guards. Its module
                 is looked up on this process's `sys.path`. It returns a bool (or 0, 1, or numpy's), a float, or a pair
                 of one of these and the prediction (a str or None). A bool is a verdict. A float is a reward: it
-                becomes `score`, and `correct` is score > 0. One that is not finite is an error, and the response
+                becomes `score`, and `correct` is score > 0. One not finite or above 1e18 is an error, and the response
                 counts as wrong.
             responses: whole responses, without special tokens.
             answers: reference answers.
@@ -218,15 +229,14 @@ class GraderPool:
         wanted = collections.defaultdict(list)
         for i, (response, answer) in enumerate(pairs):
             prediction, error = extract(response)
-            known = self._memo.get((rule, prediction, answer))
+            known = self._memo.get((rule, _digest(prediction), answer))
             if prediction and known is None:
                 wanted[prediction, answer].append(i)
-            verdicts.append(known or Graded(False, prediction, error))
+            verdicts.append(Graded(False, prediction, error) if known is None else _with(known, prediction))
         for (prediction, answer), graded in zip(wanted, self._run(rule, list(wanted)), strict=True):
-            graded = Graded(graded.correct, prediction, graded.error, graded.score)
-            self._remember((rule, prediction, answer), graded)
+            self._remember((rule, _digest(prediction), answer), _with(graded, None))
             for i in wanted[prediction, answer]:
-                verdicts[i] = graded
+                verdicts[i] = _with(graded, prediction)
         return verdicts
 
     def _dapo_answer(self, pairs):

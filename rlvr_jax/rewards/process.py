@@ -126,8 +126,8 @@ def _failure(error):
 
 
 def from_outside(message):
-    """Whether what a worker says of a grading is that another program killed it."""
-    return message.get("signal", 0) not in {0, *_OWN_ENDS}
+    """Whether what a worker says of a grading is that another program killed it, or the machine could not start it."""
+    return message.get("outside", False) or message.get("signal", 0) not in {0, *_OWN_ENDS}
 
 
 def peak_mb(pid):

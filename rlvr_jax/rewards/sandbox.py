@@ -79,9 +79,17 @@ def apart(function: Callable[[], Any], timeout_s: float) -> Outcome:
     Args:
         function: returns something that JSON can hold, in at most `LARGEST` bytes.
         timeout_s: seconds (wall clock) until it is killed.
+
+    Raises:
+        OSError: the machine has no process or no memory left for it.
     """
     reading, writing = os.pipe()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:
+        os.close(reading)
+        os.close(writing)
+        raise
     if child == 0:
         _be_the_child(function, writing, timeout_s)
     os.close(writing)
@@ -97,7 +105,7 @@ def apart(function: Callable[[], Any], timeout_s: float) -> Outcome:
     elif failure is None:
         try:
             value = json.loads(said)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, MemoryError):
             cause = signal.Signals(ended).name if ended else f"exit status {os.waitstatus_to_exitcode(status)}"
             failure = f"the grading process died ({cause})"
     return Outcome(value, failure, ended, usage.ru_maxrss / 2**10)
