@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from decode.results import RowLog, read_json
-from rlvr_jax.data.rows import parse_json, read_rows
+from rlvr_jax.data.rows import read_rows
 from rlvr_jax.data.text import Tokenizer, render_chat
 from rlvr_jax.data.token_ids import unpack_ids
+from rlvr_jax.files import parse_json
 from rlvr_jax.microscope import files
 from rlvr_jax.remote import is_url, local
 
@@ -140,7 +141,7 @@ def _published(path: Path, content: list[Any]) -> Iterator[Read]:
                 problem=problem,
                 sample=None,  # files of several seeds number theirs anew
                 source=source if source in ("base", "rl") else "given",
-                length=length if isinstance(length, int) else None,
+                length=_length(length),
             )
 
 
@@ -184,7 +185,7 @@ def _trained(where: str, row: Mapping[str, Any], source: str) -> Read:
         sample=None,
         source=source,
         prompt_ids=_unpacked(where, row, "prompt_ids"),
-        length=row.get("length"),
+        length=_length(row.get("length")),
     )
 
 
@@ -216,7 +217,6 @@ def _row(where: str, row: Mapping[str, Any], tokenizer: Tokenizer, template_argu
     source = row.get("source", "given")
     if source not in SOURCES:
         raise ValueError(f"{where}: source = {source!r}: expected one of {', '.join(SOURCES)}")
-    length = row.get("length")
     return Read(
         *(where, prompt, row.get("response") or "", tokens),
         answer=_answer(row),
@@ -224,7 +224,7 @@ def _row(where: str, row: Mapping[str, Any], tokenizer: Tokenizer, template_argu
         problem=row.get("problem"),
         sample=row.get("sample"),
         source=source,
-        length=length if isinstance(length, int) else None,
+        length=_length(row.get("length")),
     )
 
 
@@ -237,3 +237,7 @@ def _correct(where: str, row: Mapping[str, Any]) -> bool | None:
     if correct is not None and not isinstance(correct, (bool, int)):
         raise ValueError(f"{where}: correct = {correct!r:.100}: expected true or false")
     return None if correct is None else bool(correct)
+
+
+def _length(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -14,7 +14,7 @@ from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.data.tasks import is_tasks
 from rlvr_jax.data.template_args import check_template_args
 from rlvr_jax.data.text import Tokenizer, encode_text, load_tokenizer, render_chat, stop_token_ids
-from rlvr_jax.fingerprint import of_file, of_model, of_tokenizer, of_values
+from rlvr_jax.fingerprint import of_file, of_model, of_tokenizer
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import checkpoint_folder
 from rlvr_jax.models.hf_folder import count_weights
@@ -208,7 +208,7 @@ def _hash_problems(source: str, problems: list[Problem]) -> str:
 
 def of_pair(folders: Mapping[str, Path], tokenizer: Tokenizer, tokenizer_folder: Path) -> dict[str, str]:
     """Fingerprints of the models in use, by role, and of the tokenizer; by what to call them in a sentence."""
-    found = {"chat template": of_values(tokenizer.chat_template), "tokenizer files": of_tokenizer(tokenizer_folder)}
+    found = of_tokenizer(tokenizer.chat_template, tokenizer_folder)
     for role, folder in folders.items():
         found |= of_model(folder, role)
     return found

@@ -20,9 +20,7 @@ import pyarrow.parquet as pq
 from decode.config import DecodeConfig
 from decode.inputs import Inputs
 from decode.parts import DAMAGED, JsonLines, part_names, read_part, set_aside, write_part
-from rlvr_jax.data.rows import parse_json
-from rlvr_jax.files import atomic_path, write_json
-from rlvr_jax.lock import lock as lock  # whoever writes beside results takes it
+from rlvr_jax.files import atomic_path, parse_json, write_json
 from rlvr_jax.paths import at_home, same_place
 from rlvr_jax.run_folder import own_config
 

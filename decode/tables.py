@@ -9,7 +9,7 @@ from rlvr_jax.evaluation import NOT_KNOWN
 from rlvr_jax.tables import Column, fitted, whole
 
 MOST = 16  # settings that are printed
-_ROLES = (("rl", "- rl"), ("base", "- base"), ("gamma0", "- g0"))
+_ROLES = (("rl", "- rl", 1), ("base", "- base", 3), ("gamma0", "- g0", 4))  # role, heading, rank
 
 
 def print_settings(screen: Console, records: Sequence[dict[str, Any]], file: object) -> None:
@@ -101,10 +101,10 @@ def _columns(records: Sequence[dict[str, Any]]) -> list[Column]:
     differences = [signed(record.get("difference", {}).get("avg_at_k")) for record in records]
     if any(differences):
         columns.append(Column("difference", differences, 1))
-    for rank, (role, heading) in enumerate(_ROLES):
+    for role, heading, rank in _ROLES:
         cells = [signed(record.get("differences", {}).get(role, {}).get("avg_at_k")) for record in records]
         if any(cells):
-            columns.append(Column(heading, cells, (1, 3, 4)[rank]))
+            columns.append(Column(heading, cells, rank))
     return [
         *columns,
         Column("select", [percent(record["share_selected"]) for record in records], 2),

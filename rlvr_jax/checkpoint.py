@@ -30,14 +30,12 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 T = TypeVar("T")
 # Trouble of a place or of this machine, as stores of objects and tensorstore name it: no file is damaged by it.
 _TROUBLE = ("UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED")
+_PATTERN = ("[", "]", "*", "?", "\\")  # characters that orbax or tensorstore do not take as they are in a path
 _OLD_KEYS, _KEYS = {"host", "empty"}, {"host", "empty", "sums", "crc32"}
 
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint whose files are not what was saved; the message names its folder and what is wrong there."""
-
-
-_PATTERN = ("[", "]", "*", "?", "\\")  # characters that orbax or tensorstore do not take as they are in a path
 
 
 class Restored(NamedTuple):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as an escape: UTF-8 itself has none
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # .NAME.PROCESS.tmp
 
 
@@ -64,25 +68,43 @@ def json_bytes(value: Any, *, indent: int | None = None, allow_nan: bool = True)
     return text.encode("utf-8", "backslashreplace")  # whose escapes are those of JSON
 
 
-def read_json(path: str | os.PathLike[str], *, most_bytes: int = 1 << 24) -> dict[str, Any]:
-    """The JSON object in a file that may come from anywhere, in bounded time and memory.
+def parse_json(data: bytes, path: str | os.PathLike[str], *, line: int | None = None, allow_nan: bool = True) -> Any:
+    """A JSON value from UTF-8, with or without a byte order mark, its texts free of lone surrogates.
 
-    A byte order mark is passed over. NaN and infinities, which are no JSON, are refused.
+    Each of those counts as `?`, which is logged once per file.
 
     Raises:
-      ValueError: larger than `most_bytes`, no JSON, nested too deeply, or not an object; naming the file.
+      ValueError: naming the file (and line): not UTF-8, not JSON, nested too deeply, or without `allow_nan` a NaN or an
+        infinity, which JSON has no word for.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        raw = file.read(most_bytes + 1)
-    if len(raw) > most_bytes:
-        raise ValueError(f"{path}: more than {most_bytes:,} bytes, which no file of this kind has")
+    where = f"{path}" if line is None else f"{path} line {line}"
     try:
-        content = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=None if allow_nan else _refuse_constant)
+        if _SURROGATE.search(data) is None:
+            return value
+        whole = _without_lone_surrogates(value)
+        if whole != value:
+            _say_replaced(f"{path}", where)
+        return whole
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not a UTF-8 text: {error.reason} at byte {error.start}") from error
+    except ValueError as error:  # numbers of thousands of digits too
+        raise ValueError(f"{where}: not JSON: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from error
-    except ValueError as error:  # also UnicodeDecodeError, and numbers of thousands of digits
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+        raise ValueError(f"{where}: not JSON that can be read: it is nested too deeply") from error
+
+
+def read_json(path: str | os.PathLike[str], *, most_bytes: int = 1 << 24) -> dict[str, Any]:
+    """The JSON object in a file that may come from anywhere, in bounded time and memory; see `parse_json`.
+
+    Raises:
+      ValueError: larger than `most_bytes`, not JSON (NaN and infinities are not), or not an object; naming the file.
+    """
+    with open(path, "rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"{path}: more than {most_bytes:,} bytes, which no file of this kind has")
+    content = parse_json(data, path, allow_nan=False)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
     return content
@@ -90,6 +112,25 @@ def read_json(path: str | os.PathLike[str], *, most_bytes: int = 1 << 24) -> dic
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
+
+
+def _without_lone_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, list):
+        return [_without_lone_surrogates(one) for one in value]
+    if isinstance(value, dict):
+        return {valid_text(key): _without_lone_surrogates(one) for key, one in value.items()}
+    return value
+
+
+_said: set[str] = set()
+
+
+def _say_replaced(path: str, where: str) -> None:
+    if path not in _said:
+        _said.add(path)
+        log.warning("%s: half of a surrogate pair counts as '?', here and in later rows of this file", where)
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 1) -> None:

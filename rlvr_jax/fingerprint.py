@@ -21,9 +21,16 @@ def of_values(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def of_tokenizer(folder: Path) -> str:
-    """Of a folder's tokenizer files, chat template included."""
-    return of_values({name: of_file(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()})
+def of_tokenizer(chat_template: Any, folder: Path | None) -> dict[str, str]:
+    """Fingerprints of a tokenizer, by what to call them in a sentence.
+
+    A name on the hub, which is no folder here, has no files to compare. It counts by its chat template alone.
+    """
+    found = {"chat template": of_values(chat_template)}
+    if folder is not None and folder.is_dir():
+        files = {name: of_file(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
+        found["tokenizer files"] = of_values(files)
+    return found
 
 
 def of_weights(folder: Path) -> str:

@@ -10,7 +10,6 @@ there on any machine, and what a lost machine had not sent is made again. Checkp
 import contextlib
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rlvr_jax.distributed import cluster
+from rlvr_jax.files import parse_json
 from rlvr_jax.lock import FolderLock, flock, lock
 from rlvr_jax.paths import at_home
 from rlvr_jax.remote import AT_ONCE, cache_folder, fetch, filesystem, is_url, listing, locked, naming
@@ -230,9 +230,9 @@ def own_config(folder: Path, keys: Collection[str]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes(), path)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); use another folder for the results") from error
+        raise ValueError(f"{error}; use another folder for the results") from error
     foreign = sorted(config.keys() - set(keys)) if isinstance(config, dict) else ["no option"]
     if foreign:
         raise ValueError(

@@ -159,8 +159,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize(
     ("row", "part"),
     [
-        ({"answer": "1"}, "no 'prompt', 'problem' or 'question'"),
-        ({"problem": "x"}, "no 'reward_model.ground_truth', 'answer' or 'solution'"),
+        ({"answer": "1"}, "no 'prompt', 'problem', 'question' or 'messages'"),
+        ({"problem": "x"}, "no 'reward_model.ground_truth', 'answer', 'ground_truth' or 'solution'"),
         ({"problem": "x", "answer": "  "}, "'answer' = '  '"),
         ({"problem": "x", "answer": True}, "'answer' = True"),
         ({"problem": "x", "answer": ["1"]}, r"'answer' = \['1'\]"),

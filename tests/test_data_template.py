@@ -166,3 +166,17 @@ def test_files_larger_than_any_tokenizer(tmp_path):
                 load_tokenizer(tmp_path)
             file.truncate(size)
     assert render_chat(load_tokenizer(tmp_path), user("1"))
+
+
+def test_the_reply_to_an_interrupted_request_is_not_read_as_the_next_one(monkeypatch):
+    tokenizer, send = make_tokenizer(template="{{ messages[0].content }}"), template._send
+
+    def interrupted(process, line):
+        send(process, line)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(template, "_send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            render_chat(tokenizer, user("first"))
+    assert render_chat(tokenizer, user("second")) == "second"

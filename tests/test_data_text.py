@@ -118,9 +118,9 @@ def test_stop_tokens(tiny, tmp_path, caplog):
         path.write_text(json.dumps({"eos_token_id": value}))
         with pytest.raises(ValueError, match="eos_token_id"):
             stop_token_ids(tiny, path)
-    for text, named in (("[]", "holds a list"), ("{", "not valid JSON"), ('{"eos_token_id": NaN}', "NaN is no number")):
+    for text, named in (("[]", "holds a list"), ("{", "not JSON"), ('{"eos_token_id": NaN}', "NaN is no number")):
         path.write_text(text)
-        with pytest.raises(ValueError, match=rf"generation_config\.json: {named}|not valid JSON \({named}"):
+        with pytest.raises(ValueError, match=rf"generation_config\.json: (not JSON: )?{named}"):
             stop_token_ids(tiny, path)
     with pytest.raises(ValueError, match="no such file"):
         stop_token_ids(tiny, tmp_path / "absent.json")

@@ -147,6 +147,8 @@ def test_rollouts_of_training_are_read(tmp_path, tokenizer, other_split, caplog)
     (one,) = read_given([write_lines(tmp_path / "old" / "step_000001.jsonl", [old])], tokenizer)
     assert (one.tokens, one.prompt_ids) == (tokenizer.encode("12"), prompts[0])
     assert "1 of its 1 responses" in caplog.text
+    odd = write_lines(tmp_path / "odd.jsonl", [old | {"length": "3"}])
+    assert read_given([odd], tokenizer)[0].tokens == tokenizer.encode("12")
 
 
 def test_folders_without_responses_say_what_they_are(tmp_path, tokenizer):

@@ -139,3 +139,9 @@ def test_the_interval_of_an_overlap_is_the_reflected_one(table):
         (2 * drawn.value - drawn.high, min(1, 2 * drawn.value - drawn.low))
     )
     assert got["low"] != pytest.approx(drawn.low)
+
+
+def test_a_probability_that_rounds_above_one(table):
+    values = table.values | {"logp_rl": np.full(600, 1e-6, np.float32)}
+    found = findings(table._replace(values=values), Options(resamples=2, extremes=1, context=1))
+    assert found["high_delta_logp"]["rl"]["all"]["p_rl"]["mean"]["value"] == 1

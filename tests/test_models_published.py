@@ -187,6 +187,12 @@ def test_a_tied_copy_may_have_another_dtype(embed, head, tmp_path):
         load_hf(write_folder(tmp_path / "n", TIED, **{EMBED: matrix.astype(embed), "lm_head.weight": other}))
 
 
+def test_a_shared_matrix_that_is_a_single_number(tmp_path):
+    folder = write_folder(tmp_path, TIED, **{name: np.ones((), np.float32) for name in (EMBED, "lm_head.weight")})
+    with pytest.raises(ValueError, match=r"wrong shape: model\.embed_tokens\.weight is \[\]"):
+        load_hf(folder)
+
+
 def test_a_shared_matrix_under_the_other_name(tmp_path):
     """safetensors drops one of two names of the same memory, and which one is its choice."""
     plain = load_hf(write_folder(tmp_path / "m", TIED), dtype=None)[1]

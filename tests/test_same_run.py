@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_train_inputs import arguments
 
+from decode.results import CONTENT
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.distributed import Cluster
-from rlvr_jax.fingerprint import BLOCK_BYTES, BLOCKS, of_weights
+from rlvr_jax.fingerprint import BLOCK_BYTES, BLOCKS, of_tokenizer, of_weights
 from rlvr_jax.lock import FolderInUse, lock
 from rlvr_jax.run_folder import RunFolder
 from tests.tiny import tiny_checkpoint, tiny_tokenizer, write_tiny_problems
@@ -102,7 +103,7 @@ def test_a_run_goes_on_wherever_its_inputs_lie(place, tmp_path, monkeypatch):
     [
         (change_weights, "weights of model.path"),
         (change_template, "chat template"),
-        (change_tokenizer, "tokenizer"),
+        (change_tokenizer, "tokenizer files"),
         (change_architecture, "architecture of model.path"),
         (change_stop_tokens, "stop tokens"),
         (change_problems, "training problems of data.train"),
@@ -282,3 +283,9 @@ def test_one_matrix_of_a_large_file_counts(tmp_path):
         seen.add(of_weights(tmp_path))
     assert len(seen) == 4
     assert before in seen
+
+
+def test_a_tokenizer_on_the_hub_counts_by_its_name_and_template(tmp_path):
+    """It has no files here, so nothing may say that two of them are the same."""
+    assert of_tokenizer("t", tmp_path / "owner" / "name").keys() == of_tokenizer("t", None).keys() == {"chat template"}
+    assert of_tokenizer("t", tmp_path).keys() == set(CONTENT["tokenizer"])

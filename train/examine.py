@@ -17,7 +17,7 @@ from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf_folder import count_weights
 from rlvr_jax.remote import TEXT_FILES, filesystem, is_url, listing, local_copy, naming
-from rlvr_jax.sharding import MESH_AXES
+from rlvr_jax.sharding import MESH_AXES, batch_shards
 from train.config import Config
 from train.prepare import (
     MICRO_ROWS,
@@ -176,7 +176,7 @@ def _mesh(config: Config, *, check_rows: bool) -> AbstractMesh:
     given = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     mesh = AbstractMesh(tuple(max(size, 1) for size in given.values()), MESH_AXES)
     if check_rows:
-        check_shards(mesh.shape["data"] * mesh.shape["fsdp"], micro_rows(config), MICRO_ROWS)
+        check_shards(batch_shards(mesh), micro_rows(config), MICRO_ROWS)
     return mesh
 
 

@@ -25,7 +25,7 @@ from rlvr_jax.models.hf_folder import count_weights
 from rlvr_jax.program import config_dict, parse_config
 from rlvr_jax.rewards.pool import GraderPool
 from rlvr_jax.run_folder import RunFolder
-from rlvr_jax.sharding import MESH_AXES, make_mesh
+from rlvr_jax.sharding import MESH_AXES, batch_shards, make_mesh
 from train.config import MAY_CHANGE, Config, MeshConfig
 from train.problems import tokenized, training_problems, validation_problems
 from train.resume import resumable, run_folder
@@ -267,7 +267,7 @@ def resolved_dtype(compute_dtype: str) -> str:
 def mesh_for(sizes: MeshConfig, rows: int, what: str) -> Mesh:
     """The mesh; ValueError when its data and fsdp axes do not divide the `rows` that pass through the model at once."""
     mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sequence=sizes.sequence)
-    check_shards(mesh.shape["data"] * mesh.shape["fsdp"], rows, what)
+    check_shards(batch_shards(mesh), rows, what)
     return mesh
 
 

@@ -4,7 +4,6 @@ Where an input lies does not matter, and how its path is spelled: a model or a f
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 
 from rlvr_jax.checkpoint import require_same_config
 from rlvr_jax.data.text import Tokenizer
-from rlvr_jax.files import write_json
-from rlvr_jax.fingerprint import of_file, of_model, of_tokenizer, of_values
+from rlvr_jax.files import parse_json, write_json
+from rlvr_jax.fingerprint import of_file, of_model, of_tokenizer
 from rlvr_jax.program import config_dict
 from rlvr_jax.run_folder import own_config
 
@@ -37,11 +36,9 @@ def model_inputs(
     Args:
       name: key of the model's path in the configuration.
       model: its folder; None: random weights, for the config.json (or its folder) that `init_config` is.
-      tokenizer, tokenizer_folder: of the run; a name on the hub, which is no folder, counts by its chat template alone.
+      tokenizer, tokenizer_folder: of the run (`rlvr_jax.fingerprint.of_tokenizer`).
     """
-    found = {"chat template": of_values(tokenizer.chat_template)}
-    if tokenizer_folder is not None and tokenizer_folder.is_dir():
-        found["tokenizer"] = of_tokenizer(tokenizer_folder)
+    found = of_tokenizer(tokenizer.chat_template, tokenizer_folder)
     if model is not None:
         found |= of_model(model, name)
     if init_config is not None:
@@ -116,7 +113,7 @@ def require_free(
         )
     content = folder / "inputs.json"
     try:
-        known = json.loads(content.read_text(encoding="utf-8")) if content.is_file() else dict(record)
+        known = parse_json(content.read_bytes(), content) if content.is_file() else dict(record)
         saved |= {name: known[name] for name in CONTENT if name in known}
         require_same_run(saved, record, may_change, defaults=defaults)
     except ValueError as error:

@@ -42,9 +42,9 @@ from rlvr_jax.program import (
     run_program,
     writing_to,
 )
-from rlvr_jax.remote import local
+from rlvr_jax.remote import TEXT_FILES, local
 from rlvr_jax.run_folder import RunFolder
-from rlvr_jax.sharding import ShardingRules
+from rlvr_jax.sharding import ShardingRules, batch_shards
 from rlvr_jax.training import (
     TrainState,
     adamw,
@@ -201,7 +201,7 @@ def check(config: SFTConfig) -> SFTJob:
         "model",
         folder,
         tokenizer,
-        Path(local(config.tokenizer)) if config.tokenizer else folder,
+        Path(local(config.tokenizer, TEXT_FILES)) if config.tokenizer else folder,
         init_config=Path(local(config.init_config)) if config.init_config else None,
     )
     shapes = np.array([(one.context, len(one.tokens)) for one in conversations])
@@ -272,7 +272,7 @@ def run(job: SFTJob) -> None:
             job.conversations,
             config.batch,
             most_rows=config.batch // config.micro_batches,
-            shards=job.mesh.shape["data"] * job.mesh.shape["fsdp"],
+            shards=batch_shards(job.mesh),
         )
         checkpoints = stack.enter_context(Checkpoints(job.folder.checkpoints, keep=config.checkpoint.keep))
         done, resumed_from = 0, None
@@ -345,7 +345,7 @@ def run(job: SFTJob) -> None:
                 save(number + 1)
         checkpoints.wait()
         out, dtype = folder / "hf", config.checkpoint.export_dtype
-        source = Path(local(config.tokenizer)) if config.tokenizer else job.model_folder
+        source = Path(local(config.tokenizer, TEXT_FILES)) if config.tokenizer else job.model_folder
         export(
             out,
             job.model_config,

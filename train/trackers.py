@@ -2,14 +2,13 @@
 
 import contextlib
 import importlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from rlvr_jax.files import write_json
+from rlvr_jax.files import parse_json, write_json
 from rlvr_jax.program import RunError
 
 TRACKERS = ("wandb", "trackio")
@@ -101,7 +100,7 @@ class Tracker:
 def _known(path: Path) -> dict[str, str]:
     """The identities in a file, by tracker; none, with a warning, where it is damaged."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = parse_json(path.read_bytes(), path) if path.exists() else {}
         if not isinstance(known, dict):
             raise ValueError("not a JSON object")
         return known

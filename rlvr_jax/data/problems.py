@@ -180,7 +180,7 @@ def _published(problem: Problem) -> dict[str, Any]:
 def _messages(row, where, suffix, column="") -> tuple[dict[str, str], ...]:
     key = column or next((key for key in _PROMPTS if row.get(key) is not None), None)
     if key is None:
-        raise ValueError(f"{where}: no 'prompt', 'problem' or 'question'")
+        raise ValueError(f"{where}: no {_any_of(_PROMPTS)}")
     value = _at(row, column, where) if column else row[key]
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
     check_messages(messages, f"{where}: {key!r}", roles=ROLES)
@@ -212,11 +212,15 @@ def _answer(row, where, column="") -> str:
     if key is not None:
         return _answer_text(found[key], where, key)
     if not isinstance(row.get("solution"), str):
-        raise ValueError(f"{where}: no 'reward_model.ground_truth', 'answer' or 'solution'")
+        raise ValueError(f"{where}: no {_any_of((*found, 'solution'))}")
     boxed, _ = last_boxed(row["solution"])
     if boxed is None:
         raise ValueError(f"{where}: no 'answer', and 'solution' does not end in a \\boxed{{...}}")
     return _answer_text(boxed, where, "solution")
+
+
+def _any_of(names: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
 
 
 def _at(row, column, where) -> Any:

@@ -1,9 +1,6 @@
 """Rows of parquet and JSON-lines files as dicts. Whatever a stranger's file holds ends in one sentence at most."""
 
 import contextlib
-import json
-import logging
-import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,15 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlvr_jax.files import atomic_path, json_bytes, valid_text
-
-logger = logging.getLogger(__name__)
+from rlvr_jax.files import atomic_path, json_bytes, parse_json
 
 ENDINGS = (".parquet", ".jsonl", ".json")
 _BATCH_ROWS = 4096
 _LONGEST_LINE = 1 << 26  # bytes: the longest conversations have a few million
 _LONGEST_LIST = 1 << 30  # bytes of a .json file, which is read at once
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as an escape: UTF-8 itself has none
 _BOM = b"\xef\xbb\xbf"
 _OTHER_KINDS = {
     b"\x1f\x8b": "a gzip file: unpack it first",
@@ -141,48 +135,6 @@ def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
             line = line.removeprefix(_BOM).strip()  # a mark in the middle too, where files were joined
             if line:
                 yield f"{path} line {number}", parse_json(line, path, line=number)
-
-
-def parse_json(data: bytes, path: str | Path, *, line: int | None = None) -> Any:
-    """A JSON value from UTF-8, with or without a byte order mark, its texts free of lone surrogates.
-
-    Raises:
-        ValueError: naming the file (and line): not UTF-8, not JSON, or nested too deeply.
-    """
-    where = f"{path}" if line is None else f"{path} line {line}"
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-        if _SURROGATE.search(data) is None:
-            return value
-        whole = _without_lone_surrogates(value)
-        if whole != value:
-            _say_replaced(f"{path}", where)
-        return whole
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not a UTF-8 text: {error.reason} at byte {error.start}") from error
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{where}: not JSON that can be read: it is nested too deeply") from error
-
-
-def _without_lone_surrogates(value: Any) -> Any:
-    if isinstance(value, str):
-        return valid_text(value)
-    if isinstance(value, list):
-        return [_without_lone_surrogates(one) for one in value]
-    if isinstance(value, dict):
-        return {valid_text(key): _without_lone_surrogates(one) for key, one in value.items()}
-    return value
-
-
-_said: set[str] = set()
-
-
-def _say_replaced(path: str, where: str) -> None:
-    if path not in _said:
-        _said.add(path)
-        logger.warning("%s: half of a surrogate pair counts as '?', here and in later rows of this file", where)
 
 
 def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:

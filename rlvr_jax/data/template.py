@@ -58,7 +58,11 @@ class _Renderer:
     def render(self, request: bytes) -> str:
         with self._lock:
             for _ in range(2):  # once more, should someone else have ended the process
-                reply = _exchange(self._running(), request)
+                try:
+                    reply = _exchange(self._running(), request)
+                except BaseException:  # Ctrl-C: the reply must not be read as that of the next request
+                    self._stop()
+                    raise
                 if reply.endswith(b"\n"):
                     break
                 status = self._stop()

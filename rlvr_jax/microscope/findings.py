@@ -238,7 +238,7 @@ def _high(data: _Data, source: int) -> dict[str, Any]:
     for group, members in groups.items():
         out[group] = {"tokens": int(members.sum())}
         for model in ("base", "rl"):
-            p = np.exp(data.values[f"logp_{model}"].astype(float))
+            p = np.exp(np.minimum(data.values[f"logp_{model}"].astype(float), 0.0))  # a log-prob may round above 0
             counts = statistics.histogram(p[members], edges, groups=data.problem[members])
             mean = data.mean(p, members, (0.0, 1.0))
             out[group][f"p_{model}"] = {"counts": counts.sum(0).astype(int).tolist(), "mean": mean}

@@ -86,7 +86,6 @@ def read_fields(source: str | Path | Mapping[str, Any], max_positions: int | Non
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"{where}: rope_scaling is {rope!r:.200}, expected an object")
-    theta = "rope_theta" if rope.get("rope_theta") is None else "rope_scaling"
     other = hf.get("rope_parameters")  # what transformers passes over where both are there
     if (
         rope is not other
@@ -105,7 +104,7 @@ def read_fields(source: str | Path | Mapping[str, Any], max_positions: int | Non
         **{name: _size(hf, name, where) for name in ("vocab_size", "intermediate_size")},
         "num_kv_heads": _size(hf, "num_kv_heads", where, sizes["num_heads"]),
         "head_dim": _size(hf, "head_dim", where, head_dim),
-        "rope_theta": _number(hf if theta == "rope_theta" else rope, "rope_theta", where, 10_000.0),
+        "rope_theta": _number(hf if rope.get("rope_theta") is None else rope, "rope_theta", where, 10_000.0),
         "rope_scaling": parse_rope(rope | original, declared, where),
         "rms_norm_eps": _number(hf, "rms_norm_eps", where, 1e-6),
         "tie_word_embeddings": _flag(hf, "tie_word_embeddings", where),

@@ -14,6 +14,10 @@ logger = logging.getLogger(__name__)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+_ADAPTER_ALONE = (
+    f"holds an adapter ({ADAPTER}) and no full weights; merge it into its base model first, "
+    "for example with merge_and_unload of peft"
+)
 _MOST_INDEX = 1 << 26  # bytes
 _NAMED = 20  # problems in a message
 # Buffers that older conversions store: they follow from the config, and every loader passes over them.
@@ -33,12 +37,6 @@ def count_weights(where: str, names: Iterable[str]) -> int:
     if not count:
         raise ValueError(f"{where}: no .safetensors file in this folder")
     return count
-
-
-_ADAPTER_ALONE = (
-    f"holds an adapter ({ADAPTER}) and no full weights; merge it into its base model first, "
-    "for example with merge_and_unload of peft"
-)
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -76,8 +76,8 @@ def read_tensor(info: TensorInfo, rows: int | None = None) -> np.ndarray:
 
 
 def same_values(a: TensorInfo, b: TensorInfo, rows: int = 4096) -> bool:
-    """Whether two tensors hold the same values, as far as the narrower of their dtypes can tell; `rows` at a time."""
-    if a.shape != b.shape or not {a.dtype, b.dtype} <= DTYPES.keys():
+    """Whether two arrays hold the same values, as far as the narrower of their dtypes can tell; `rows` at a time."""
+    if a.shape != b.shape or not a.shape or not {a.dtype, b.dtype} <= DTYPES.keys():
         return False
     narrow = min(DTYPES[a.dtype], DTYPES[b.dtype], key=lambda dtype: dtype.itemsize)
 
