@@ -4,7 +4,7 @@ Without a recipe:
 `python -m decode --base B --rl R --problems P.parquet --criterion delta_logp --tau -0.3 --gamma 0.05 --n 4`; a sweep:
 `python -m decode --base B --rl R --problems P.parquet --grid.criteria delta_logp kl --match-rate 0.05 0.1`.
 With `--plan v6e:4x4` its programs are compiled for that topology, and what they would take there is printed.
-The same command again goes on where a killed run stopped. All flags: `python -m decode --help`.
+The same command resumes where a killed run stopped. All flags: `python -m decode --help`.
 
 `python -m decode compare RUN RUN ...` tabulates and draws what runs have found.
 `python -m decode diagnose --base B --rl R --responses FILE` shows an update token by token; see `decode.diagnose`.

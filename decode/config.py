@@ -182,7 +182,7 @@ class DecodeConfig:
         the model wrote may then run as code with all your rights
       dtype: float32 or bfloat16; default: float32 on CPU, bfloat16 elsewhere
       mesh: devices
-      compile_cache: folder that keeps compiled programs, so that a run which goes on does not compile again; auto:
+      compile_cache: folder that keeps compiled programs, so that a resumed run does not compile again; auto:
         compile_cache in out, or that of JAX_COMPILATION_CACHE_DIR where it is set; None: none is kept
       distributed: the processes of a run over several hosts
       save_tokens: also write tokens.parquet: ids, log-probabilities, delta log-probabilities and where it fired

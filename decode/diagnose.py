@@ -1,7 +1,7 @@
 """`python -m decode diagnose --base X --rl Y (--responses FILE ... | --problems FILE) --out RUN`: the update, by token.
 
 Given responses, or ones decoded from either model, are scored by both, teacher-forced; every token's numbers go to disk
-as they come, and the same command goes on where a killed run stopped. At the end: `responses.parquet`,
+as they come, and the same command resumes where a killed run stopped. At the end: `responses.parquet`,
 `tokens.parquet`, `findings.json`, `figures/*.png` and `.svg`, and `page.html`, which opens from disk.
 
 `python -m decode diagnose page RUN` makes findings, figures and page anew from the files of a run.

@@ -198,7 +198,7 @@ class Watch:
         self._lost = process
         self._end(
             f"{self.name(process)} {fault}; it was last {said}; all processes stop, and the same command on all of "
-            "them goes on from what is saved",
+            "them resumes from what is saved",
             PEER_LOST,
         )
 

@@ -284,7 +284,7 @@ class Config:
     run_dir: PathText = "runs/dapo"
     """Where everything goes. A run continues from its newest checkpoint there."""
     compile_cache: PathText | None = "auto"
-    """Folder that keeps compiled programs, so that a run which goes on does not compile again. auto: compile_cache in
+    """Folder that keeps compiled programs, so that a resumed run does not compile again. auto: compile_cache in
     run_dir, or that of JAX_COMPILATION_CACHE_DIR where it is set; None: none is kept."""
     steps: Steps | None = None
     """Trainer steps in all; None: as many as the epochs give."""

@@ -1,4 +1,4 @@
-"""Where a run is kept, and whether there is one to go on with."""
+"""Where a run is kept, and what it resumes from."""
 
 import logging
 from collections.abc import Sequence

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from benchmarks.device_check.sizes import Size
 from benchmarks.device_check.timing import median_seconds
+from rlvr_jax.planning.chips import H100
 
 # Dense bfloat16 FLOP/s and bytes/s of NVIDIA's data sheets, SXM forms.
-PEAKS = {"H100": (9.89e14, 3.35e12), "H200": (9.89e14, 4.8e12)}
+PEAKS = {"H100": (H100.flops, H100.bandwidth), "H200": (H100.flops, 4.8e12)}
 
 
 def peaks() -> tuple[float | None, float | None]:
