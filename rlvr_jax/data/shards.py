@@ -70,7 +70,7 @@ def _at_url(url: str) -> list[Path]:
     if glob.has_magic(url):
         fs, root = filesystem(url)
         with naming(url):
-            urls = sorted(fs.unstrip_protocol(name) for name in fs.glob(root))
+            urls = sorted(fs.unstrip_protocol(str(name)) for name in fs.glob(root))
         return _some((Path(local(one)) for one in urls), url)
     path = Path(local(url, [f"*{ending}" for ending in _SHARDS]))
     return _shards(path, url) if path.is_dir() else [path]
