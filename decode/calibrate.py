@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from decode.config import DecodeConfig, Setting
 from decode.draw import Models, Wanted, draw
 from decode.inputs import Inputs
-from decode.parts import JsonLines
+from decode.parts import JsonLines, checksum
 from decode.progress import DecodeProgress
 from decode.results import read_json
 from rlvr_jax.distributed import cluster
@@ -97,7 +97,7 @@ def calibrate(
         before["thresholds"] += entries
         if responses:
             before["passes"].append(_account(config, sampled, responses))
-        write_json(folder / "calibration.json", before)
+        write_json(folder / "calibration.json", before | {"crc32": checksum(before)})
     return known_thresholds(folder, config.settings)
 
 
@@ -195,4 +195,13 @@ def _key(setting: Setting) -> tuple:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return {"passes": [], "thresholds": []} | read_json(folder / "calibration.json")
+    """Raises ValueError where the file is not what was written: another threshold would make another run."""
+    path = folder / "calibration.json"
+    content = {"passes": [], "thresholds": []} | read_json(path)
+    known = content.pop("crc32", None)  # older files have none
+    if known is not None and known != checksum(content):
+        raise ValueError(
+            f"{path}: damaged: not what was written, by its checksum; put the file back, or remove it together with "
+            "the settings that it has thresholds for"
+        )
+    return content

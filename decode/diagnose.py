@@ -227,6 +227,7 @@ def _score(job: Job, given: list[Given], preemption: Preemption) -> None:
             tokens = 0
             for number, stretch in enumerate(missing):
                 for part in _scored(job, models, stretch):
+                    job.folder.check()
                     _write_part(parts, number, part)
                     tokens += sum(len(one.pieces) for one in part)
                     for _ in part:

@@ -65,7 +65,7 @@ class JsonLines:
         """Adds lines; on return they are on disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
-            file.write(b"".join(json_bytes(record | {"crc32": _checksum(record)}) for record in records))
+            file.write(b"".join(json_bytes(record | {"crc32": checksum(record)}) for record in records))
             file.flush()
             os.fsync(file.fileno())
 
@@ -83,13 +83,14 @@ def _record(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    checksum = record.pop("crc32", None)  # older lines have none
-    if checksum is not None and checksum != _checksum(record):
+    known = record.pop("crc32", None)  # older lines have none
+    if known is not None and known != checksum(record):
         raise ValueError("not what was written, by its checksum")
     return record
 
 
-def _checksum(record: dict[str, Any]) -> int:
+def checksum(record: dict[str, Any]) -> int:
+    """CRC-32 of what JSON can hold, keys in their order."""
     return zlib.crc32(json.dumps(record).encode())
 
 
@@ -109,9 +110,9 @@ def part_names(folder: Path) -> dict[str, Path]:
 
 def read_part(path: Path) -> pa.Table | None:
     """The table of a part; None, with a warning, where it is damaged: it is then moved aside."""
-    data, checksum = path.read_bytes(), path.name.split(".")[1:-1]
+    data, known = path.read_bytes(), path.name.split(".")[1:-1]
     try:
-        if checksum and checksum != [f"{zlib.crc32(data):08x}"]:
+        if known and known != [f"{zlib.crc32(data):08x}"]:
             raise ValueError("not what was written, by its checksum")
         return pq.read_table(pa.BufferReader(data))
     except (ValueError, OSError, pa.ArrowException) as error:

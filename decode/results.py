@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from decode.config import DecodeConfig
 from decode.inputs import Inputs
-from decode.parts import DAMAGED, JsonLines, part_names, read_part, set_aside, write_part
+from decode.parts import JsonLines, part_names, read_part, set_aside, write_part
 from rlvr_jax.files import atomic_path, parse_json, write_json
 from rlvr_jax.paths import at_home, same_place
 from rlvr_jax.run_folder import own_config
@@ -162,8 +162,8 @@ class TokenParts:
         number = max(map(int, part_names(self.parts)), default=-1) + 1
         write_part(self.parts, f"{number:06d}", _token_table(rows))
 
-    def whole(self) -> set[tuple[int, int, int]] | None:
-        """Seed, problem and sample of all responses in files that are whole; None where none was ever damaged.
+    def whole(self) -> set[tuple[int, int, int]]:
+        """Seed, problem and sample of all responses in files that are there and whole.
 
         Damaged files are moved aside, with a warning.
         """
@@ -177,8 +177,7 @@ class TokenParts:
                         found |= _keys(batch)
             except (ValueError, OSError, pa.ArrowException) as error:
                 set_aside(self.table_path, error)
-        damaged = [*self.parts.glob(f"*{DAMAGED}"), *self.table_path.parent.glob(f"{self.table_path.name}{DAMAGED}")]
-        return found if damaged else None
+        return found
 
     def assemble(self) -> None:
         """Rewrites the table with the parts merged in, sorted by seed, problem and sample, and removes the parts."""

@@ -144,6 +144,7 @@ def _run(job: Job, preemption: Preemption) -> None:
     def interruptible(phase: str) -> None:
         """Where a run that is asked to end may do so: what has ended is graded and written, the rest is drawn anew."""
         cluster().phase(phase)
+        job.folder.check()
         watch = cluster().watch
         if preemption.asked if watch is None else watch.stop_here():
             raise Preempted(
@@ -257,8 +258,8 @@ class _SettingRun:
             remove_leftovers(self.folder, "tokens.parts")
             self.logs = {seed: RowLog(self.folder / f"seed{seed}.rows.jsonl") for seed in job.config.seeds}
             there = [self.logs[one.seed].rows.get((index[one.place], one.sample)) for one in wanted]
-            whole = self.parts.whole() if job.config.save_tokens else None
-            if whole is not None:  # what lost its tokens is drawn again, to the same tokens
+            if job.config.save_tokens:  # what lost its tokens is drawn again, to the same tokens
+                whole = self.parts.whole()
                 keys = [(one.seed, index[one.place], one.sample) for one in wanted]
                 there = [row if key in whole else None for row, key in zip(there, keys, strict=True)]
         self.missing = [wanted[i] for i in cluster().broadcast([i for i, row in enumerate(there) if row is None])]

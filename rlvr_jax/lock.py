@@ -7,8 +7,9 @@ Some file systems have no `flock` (Lustre without `-o flock`, NFS with `nolock`)
 `.lock.owner`, which only one process can create. A file whose process is dead is taken over, where that can be known:
 the process ran on this machine, since its last start. Otherwise the sentence of the refusal says what to remove.
 
-The variable RLVR_JAX_LOCK of the environment chooses. "auto" is the above. "file" is the second kind always, for shared
-folders whose `flock` holds within one machine alone (Lustre with `-o localflock`). "off" takes no lock.
+The variable RLVR_JAX_LOCK of the environment chooses. "auto" is the above. "file" takes the second kind always, beside
+`flock` where there is one, for shared folders whose `flock` holds within one machine alone (Lustre with
+`-o localflock`). "off" takes no lock.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import shlex
 import socket
 import sys
 import time
+import uuid
 import weakref
 from collections.abc import Callable
 from datetime import datetime
@@ -44,8 +46,12 @@ class FolderInUse(ValueError):
 class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
     """A lock that is held until `close`, the end of its `with` block, or the end of the process."""
 
-    def __init__(self, release: Callable[[], object]):
-        self._release = weakref.finalize(self, release)
+    def __init__(self, release: Callable[[], object], there: Callable[[], bool] = lambda: True):
+        self._release, self._there = weakref.finalize(self, release), there
+
+    def there(self) -> bool:
+        """Whether the lock's file is still the one that was taken: not where the folder was removed or replaced."""
+        return self._there()
 
     def close(self) -> None:
         """Gives the folder free; a second call does nothing."""
@@ -106,20 +112,23 @@ def flock(file: IO[Any], operation: int) -> None:
 
 def _take(folder: Path, mode: str) -> FolderLock:
     owner = folder / ".lock.owner"
-    held = _flocked(folder / ".lock") if mode == "auto" else None
+    held = _flocked(folder / ".lock", needed=mode == "auto")
     if held is None:
         return _owned(owner)
     try:
-        _remove_dead(owner)  # of a process that could not use flock, or was told not to
+        if mode == "file":
+            owned = _owned(owner)
+            return FolderLock(lambda: (owned.close(), held.close()), owned.there)
+        _remove_dead(owner)  # of a process that could not use flock, or was told to use both
     except BaseException:
         held.close()
         raise
     return held
 
 
-def _flocked(path: Path) -> FolderLock | None:
-    """None where the file system has no flock."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open as long as the lock)
+def _flocked(path: Path, *, needed: bool) -> FolderLock | None:
+    """None where the file system has no flock; where it is not `needed`, trouble of any kind counts as none."""
+    file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (held open as long as the lock)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -129,6 +138,8 @@ def _flocked(path: Path) -> FolderLock | None:
         raise FolderInUse(_refusal(path, _read(holder))) from error
     except OSError as error:
         file.close()
+        if not needed:
+            return None
         if error.errno not in _NO_FLOCK:
             raise
         _say_once(f"this file system has no flock ({error.strerror}): folders are locked by a file .lock.owner")
@@ -136,30 +147,44 @@ def _flocked(path: Path) -> FolderLock | None:
     file.truncate(0)
     file.write(json.dumps(_myself()))
     file.flush()
-    return FolderLock(file.close)
+    return FolderLock(file.close, functools.partial(_is_file, path, os.fstat(file.fileno())))
 
 
 def _owned(path: Path) -> FolderLock:
-    text = json.dumps(_myself())
+    text = json.dumps(_myself() | {"token": uuid.uuid4().hex})  # no other lock's, not even of this process
     while True:
         try:
             with open(path, "x", encoding="utf-8") as file:
                 file.write(text)
-            return FolderLock(functools.partial(_remove_own, path, text))
+            return FolderLock(functools.partial(_remove_own, path, text), functools.partial(_says, path, text))
         except FileExistsError:
             _remove_dead(path)
 
 
+def _is_file(path: Path, known: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), known)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _says(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") == text
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def _remove_own(path: Path, text: str) -> None:
     with contextlib.suppress(FileNotFoundError):
-        if path.read_text(encoding="utf-8") == text and json.loads(text)["pid"] == os.getpid():
+        if _says(path, text) and json.loads(text)["pid"] == os.getpid():
             path.unlink()
 
 
 def _remove_dead(path: Path) -> None:
     """Removes an owner's file whose process is known to be dead. Raises FolderInUse where it is not."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
     holder = _read(text)
@@ -168,7 +193,7 @@ def _remove_dead(path: Path) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):  # another start removes it too
         os.rename(path, aside)
-        if aside.read_text(encoding="utf-8") == text:
+        if _says(aside, text):
             aside.unlink()
         else:  # that start has removed it and taken the lock since
             os.rename(aside, path)
@@ -190,9 +215,11 @@ def _read(text: str) -> dict[str, Any] | None:
     """What a lock's file says of its holder; None where it says nothing whole."""
     try:
         holder = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return holder if isinstance(holder, dict) and {"pid", "host", "since", "command"} <= holder.keys() else None
+    if not isinstance(holder, dict) or not {"pid", "host", "since", "command"} <= holder.keys():
+        return None
+    return holder if isinstance(holder["pid"], int) and 0 < holder["pid"] < 1 << 31 else None
 
 
 def _myself() -> dict[str, Any]:

@@ -152,6 +152,14 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         finally:
             self.release()
 
+    def check(self) -> None:
+        """For every step of a run: OSError where its local folder was removed, since another run may have begun there.
+
+        What is still written there would lie among that run's results. At a URL, `sync` looks for it.
+        """
+        if self._owned is not None and not self._owned.there():
+            raise OSError(f"{self.local}: was removed or replaced while this run was writing to it, and the run ends")
+
     def release(self) -> None:
         """Lets other runs have the folder."""
         for held in (self._held, self._owned):

@@ -106,7 +106,7 @@ def token_row(seed, problem, sample):
 def test_whose_tokens_are_lost(tmp_path):
     parts = TokenParts(tmp_path)
     parts.add([token_row(0, 1, 0)])
-    assert parts.whole() is None
+    assert parts.whole() == {(0, 1, 0)}
     parts.assemble()
     parts.add([token_row(0, 1, 1)])
     parts.add([token_row(0, 2, 0)])
@@ -121,6 +121,8 @@ def test_whose_tokens_are_lost(tmp_path):
     parts.assemble()
     assert parts.whole() == {(0, 1, 0), (0, 1, 1), (0, 2, 0)}
     assert pq.read_table(parts.table_path).num_rows == 3
+    parts.table_path.unlink()  # nor are those of a file that is gone
+    assert parts.whole() == set()
 
 
 def test_a_damaged_table_of_a_diagnosis_is_named(tmp_path):
@@ -183,6 +185,12 @@ def test_damaged_lines_of_metrics_are_left_out(tmp_path, caplog):
     assert path.read_bytes() == b"".join(lines[:2])
     assert log.last_step("train") == 2
     assert "metrics.jsonl: line 2 is damaged and left out, 3 in all" in caplog.text
+    path.write_bytes(lines[0] + lines[1][:-1])  # a line break did not fit on the disk
+    MetricLog(tmp_path, after_step=4, tensorboard=False).close()
+    assert path.read_bytes() == b"".join(lines[:2])
+    path.unlink()
+    MetricLog(tmp_path, after_step=4, tensorboard=False).close()
+    assert "metrics.jsonl: is gone, and with it the records of the steps up to 4" in caplog.text
 
 
 def test_a_damaged_list_of_trackers_is_a_new_identity(tmp_path, caplog):

@@ -179,5 +179,9 @@ def test_a_lost_threshold_is_not_found_anew(swept, tmp_path):
             decode.run.run(decode.run.check(swept))
         with pytest.raises(ValueError, match="calibration"):
             decode.run.check(dataclasses.replace(swept, calibration=Calibration(responses=8)))
+        at = content.index('"tau": ') + len('"tau": -0.')
+        path.write_text(f"{content[:at]}{(int(content[at]) + 1) % 10}{content[at + 1 :]}")
+        with pytest.raises(RunError, match=r"calibration.json: damaged: not what was written"):
+            decode.run.run(decode.run.check(swept))
     finally:
         path.write_text(content)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from rlvr_jax import lock as locks
 from rlvr_jax.lock import FolderInUse, lock
+from rlvr_jax.run_folder import RunFolder
 
 # Another process that takes a folder's lock, says so, and holds it until its input ends. It needs no jax.
 HOLDER = """
@@ -121,9 +123,12 @@ def test_an_owner_s_file_is_removed_where_its_process_is_known_to_be_dead(tmp_pa
     path = owner(tmp_path, pid=dead_process(), machine="another boot", host="far")
     with pytest.raises(FolderInUse, match=rf"on far since .* If it is not running any more, remove {path}"):
         lock(tmp_path)
-    path.write_text('{"pid":')
-    with pytest.raises(FolderInUse, match=f"in use by another process; .* remove {path}"):
-        lock(tmp_path)
+    whole = locks._myself()
+    damaged = [whole | {"pid": pid} for pid in ("7", None, 0, -1, 1 << 80)]
+    for text in (b"", b'{"pid":', b"\xff\xfe", b"[" * 100_000, *(json.dumps(one).encode() for one in damaged)):
+        path.write_bytes(text)
+        with pytest.raises(FolderInUse, match=f"in use by another process; .* remove {path}"):
+            lock(tmp_path)
 
 
 def test_an_owner_s_file_counts_where_there_is_flock_too(tmp_path):
@@ -133,6 +138,42 @@ def test_an_owner_s_file_counts_where_there_is_flock_too(tmp_path):
     owner(tmp_path, pid=dead_process())
     with lock(tmp_path):
         assert not path.exists()
+
+
+def test_a_start_that_is_told_to_use_the_file_minds_the_flock_of_one_that_was_not(tmp_path, monkeypatch):
+    with lock(tmp_path), monkeypatch.context() as patch:
+        patch.setenv("RLVR_JAX_LOCK", "file")
+        with pytest.raises(FolderInUse, match=f"process {os.getpid()} on"):
+            lock(tmp_path)
+        assert not (tmp_path / ".lock.owner").exists()
+    (tmp_path / ".lock").write_bytes(b"\xff")
+    with open(tmp_path / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(FolderInUse, match="in use by another process; "):
+            lock(tmp_path)
+
+    def fail(*_):
+        raise OSError(errno.EINVAL, "strange")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setenv("RLVR_JAX_LOCK", "file")
+    with lock(tmp_path):
+        assert (tmp_path / ".lock.owner").is_file()
+
+
+@pytest.mark.parametrize("mode", ["auto", "file"])
+def test_a_run_whose_folder_is_removed_ends_since_another_may_begin_in_it(tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("RLVR_JAX_LOCK", mode)
+    place = tmp_path / "run"
+    with RunFolder(str(place)).take() as first:
+        first.check()
+        shutil.rmtree(place)
+        with pytest.raises(OSError, match=f"{place}: was removed or replaced"):
+            first.check()
+        with RunFolder(str(place)).take() as second:
+            second.check()
+            with pytest.raises(OSError, match=f"{place}: was removed or replaced"):
+                first.check()
 
 
 def test_a_flock_that_another_machine_holds_may_be_that_of_a_lost_one(tmp_path, monkeypatch):

@@ -233,6 +233,7 @@ class _Run:
         return f"stopped on request (SIGTERM) {after}; the same command resumes"
 
     def _phase(self, name: str) -> None:
+        self.job.folder.check()  # before anything is written there
         self.clock.phase(name)
         self.display.phase(name)
         self.cluster.phase(name, self.trainer_steps)

@@ -83,6 +83,8 @@ class MetricLog:
 
     def _keep_lines(self, last_step: int) -> None:
         if not self.path.exists():
+            if last_step >= 0:
+                log.warning("%s: is gone, and with it the records of the steps up to %d", self.path, last_step)
             return
         kept, damaged = [], []
         lines = self.path.read_bytes().splitlines(keepends=True)
@@ -94,7 +96,7 @@ class MetricLog:
                 damaged.append(number)
                 continue
             if step <= last_step:
-                kept.append(line)
+                kept.append(line.rstrip(b"\n") + b"\n")  # a full disk may have cut the line break alone
                 self._last[kind] = step
         if damaged and damaged != [len(lines)]:  # the last line: cut short by a kill, which is nothing to tell
             log.warning("%s: line %d is damaged and left out, %d in all", self.path, damaged[0], len(damaged))

@@ -302,6 +302,7 @@ def run(job: SFTJob) -> None:
         start, tokens, computed = time.monotonic(), 0, 0
         for number in range(done, job.steps):
             cluster().phase("update", number)
+            job.folder.check()
             checkpoints.check()
             if preemption.asked if watch is None else watch.stop_here():
                 if number and checkpoints.latest != number:
@@ -344,6 +345,7 @@ def run(job: SFTJob) -> None:
             if last or (every and (number + 1) % every == 0):
                 save(number + 1)
         checkpoints.wait()
+        job.folder.check()
         out, dtype = folder / "hf", config.checkpoint.export_dtype
         source = Path(local(config.tokenizer, TEXT_FILES)) if config.tokenizer else job.model_folder
         export(
