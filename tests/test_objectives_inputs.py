@@ -13,7 +13,7 @@ from rlvr_jax.direction import CRITERIA, criterion_value, fires_at, published_to
 from rlvr_jax.evaluation import _checked, maj_per_problem
 from rlvr_jax.objectives.diagnostics import logit_gradient_l1, shares_by_probability, token_weights, weight_statistics
 from rlvr_jax.objectives.reweight import REWEIGHTINGS
-from rlvr_jax.objectives.segments import response_sums
+from rlvr_jax.objectives.segments import response_begins, response_sums
 
 # Whole numbers only, so that every dtype holds them.
 LOGP = np.array([[0, -1, -3, -2], [-2, 0, -1, -1]])
@@ -75,6 +75,12 @@ def test_a_mask_that_is_not_positive_leaves_a_token_out():
     for mode, expected in (("token-mean", (2, 0.5)), ("seq-mean-token-sum", (2, 1)), ("seq-mean-token-mean", (4, 1))):
         assert tuple(map(float, rj.aggregate(values, mask, mode))) == expected, mode
     np.testing.assert_array_equal(rj.policy_loss(values, values, values, mask)[0], [[0, 0, -4, 0]])
+
+
+def test_where_responses_begin():
+    begins = response_begins(np.array([[1, 1, 2, 0, 0], [0, 1, 2, 3, 3]]), (2, 5))
+    np.testing.assert_array_equal(begins, [[1, 0, 1, 0, 0], [0, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(response_begins(None, (2, 3)), [[1, 0, 0]] * 2)
 
 
 @pytest.mark.parametrize("dtype", ["int8", ml_dtypes.bfloat16, "float16"])

@@ -69,6 +69,14 @@ def test_ignored_targets_give_zero_and_no_gradient(logprobs, mesh_sizes):
     assert np.isfinite(finite).all()
 
 
+def test_logits_of_an_ignored_target_get_no_gradient_whatever_they_are():
+    for junk in (np.nan, np.inf, -np.inf):
+        logits = np.where(IGNORED[..., None], junk, HIDDEN @ UNEMBED).astype(np.float32)
+        gradient = jax.grad(lambda x: jnp.sum(token_logprobs(x, np.where(IGNORED, -100, INSIDE))))(logits)
+        np.testing.assert_array_equal(np.asarray(gradient)[IGNORED], 0)
+        assert (np.abs(np.asarray(gradient)[~IGNORED]).max(axis=-1) > 0).all()
+
+
 @pytest.mark.parametrize("logprobs", [full, chunked, with_entropy])
 def test_targets_that_can_be_seen_raise(logprobs):
     for wrong in (-1, V, -101, 2**31 - 1):
