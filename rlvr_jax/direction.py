@@ -352,10 +352,10 @@ def _uniform(key: jax.Array | np.ndarray, rows: int) -> jax.Array:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
-        return jax.random.uniform(key, (rows,))
+        return jax.random.uniform(key, (rows,), jnp.float32)
     if key.shape != (rows,):
         raise ValueError(f"key has shape {key.shape}: expected one key, or one for each of the {rows} rows")
-    return jax.vmap(jax.random.uniform)(key)
+    return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(key)
 
 
 def _check_criterion(criterion: str) -> None:

@@ -6,13 +6,16 @@ another seed, temperature, top-p, top-k, tau or gamma, or for prompts whose long
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlvr_jax.decode_layout import decode_mesh
-from rlvr_jax.decoding.batch import Ids, Numbers, Prompts, check_count, check_prompts, check_stop_tokens
+from rlvr_jax.decoding.batch import Ids, Prompts, check_prompts, check_stop_tokens
+from rlvr_jax.decoding.checks import Numbers, check_count
 from rlvr_jax.decoding.engine import OnChunk
 from rlvr_jax.decoding.generate import Generation, decode
 from rlvr_jax.decoding.selective import SelectiveGeneration, decode_selective
@@ -207,9 +210,10 @@ def _mesh(mesh: Mesh | None, *configs: QwenConfig) -> Mesh | None:
 def _resolved(name: str, config: QwenConfig, params: Params) -> QwenConfig:
     """The config with its compute dtype written out: by default the platform's, however the parameters are stored."""
     expected = (config.vocab_size, config.hidden_size)
-    if params["embed"].shape != expected:
+    shape = jnp.shape(params["embed"]) if isinstance(params, Mapping) and "embed" in params else None
+    if shape != expected:
         raise ValueError(
-            f"the embedding in the parameters of {name} has shape {params['embed'].shape}: expected {expected}, "
+            f"the embedding in the parameters of {name} has shape {shape}: expected {expected}, "
             "(vocab_size, hidden_size) of the config"
         )
     if config.dtype is not None:

@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from rlvr_jax.decoding.checks import check_count, check_tokens
+from rlvr_jax.decoding.selective import make_rule
 from rlvr_jax.direction import CRITERIA, FIRES_BELOW, criterion_value, fires_at
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.config import QwenConfig, platform_dtype
@@ -70,9 +72,12 @@ def criterion_values(
     Raises:
       ValueError: naming the argument, its value and what was expected; nothing was compiled by then.
     """
+    if isinstance(criteria, str):
+        raise ValueError(f"criteria={criteria!r}: expected a list of names, some of {', '.join(MEASURED)}")
     for criterion in criteria:
         if criterion not in MEASURED:
             raise ValueError(f"criteria has {criterion!r}: expected some of {', '.join(MEASURED)}")
+        make_rule(criterion, 0.0, sample_from=sample_from, top_logprobs=top_logprobs)
     rule = ScoreRule(tuple(criteria), top_logprobs, sample_from, chunk)
     found: dict[str, list[np.ndarray]] = {name: [np.zeros(0, np.float32)] * len(responses) for name in criteria}
     for row, measured in score_texts(
@@ -182,9 +187,8 @@ def score_texts(
 
     Arguments and errors are those of `criterion_values`. At any time the numbers of one batch are held.
     """
-    for name, value in (("batch_tokens", batch_tokens), ("chunk", rule.chunk)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected an integer of at least 1")
+    check_count("batch_tokens", batch_tokens)
+    check_count("chunk", rule.chunk)
     texts = _checked_texts(prompts, responses, min(config_base.vocab_size, config_rl.vocab_size))
     config_base, params_base, config_rl, params_rl = common_vocabulary(config_base, params_base, config_rl, params_rl)
     models = tuple(
@@ -282,11 +286,11 @@ def _checked_texts(
         raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: expected one prompt a response")
     texts = []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        if len(prompt) == 0:
+        arrays = check_tokens(f"prompts[{row}]", prompt), check_tokens(f"responses[{row}]", response)
+        if arrays[0].size == 0:
             raise ValueError(f"prompts[{row}] is empty: expected at least one token id")
-        arrays = np.asarray(prompt, np.int32), np.asarray(response, np.int32)
         for name, tokens in zip(("prompts", "responses"), arrays, strict=True):
-            if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+            if tokens.max(initial=0) >= vocabulary:
                 raise ValueError(f"{name}[{row}] has ids outside 0 to {vocabulary - 1}, the models' vocabulary")
         texts.append(arrays)
     return texts

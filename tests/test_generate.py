@@ -202,7 +202,7 @@ def test_nothing_is_compiled_again():
         {"temperature": 0.5, "top_p": 0.7, "top_k": 3, "seed": 2**40},
         {"temperature": 0.0, "stop_tokens": (1, 2, 3)},
         {"temperature": np.linspace(0, 1, 6), "problem_ids": [9, 8, 7], "sample_ids": [5, 6]},
-        {"top_p": np.linspace(0.1, 1, 6), "stop_tokens": range(4)},
+        {"top_p": np.linspace(0, 1, 6), "stop_tokens": range(4)},
     ]
     with compilations() as compiled:
         for settings in others:
@@ -313,7 +313,15 @@ BAD = {
     "temperature": ({"temperature": -0.1}, "temperature=-0.1"),
     "temperature nan": ({"temperature": float("nan")}, "temperature=nan"),
     "temperature rows": ({"temperature": np.ones(2)}, "temperature has shape"),
-    "top_p zero": ({"top_p": 0.0}, "top_p=0.0"),
+    "top_p below": ({"top_p": -0.1}, "top_p=-0.1"),
+    "temperature numpy": ({"temperature": np.float32(-1)}, "temperature="),
+    "top_k too large": ({"top_k": 2**31}, "top_k=2147483648"),
+    "prompts nested": ({"prompts": [np.ones((1, 2), int)]}, r"prompts\[0\]=array"),
+    "prompts fractions": ({"prompts": [np.array([1.5])]}, r"prompts\[0\]=array\(\[1.5\]\)"),
+    "prompts too large": ({"prompts": [[2**40]]}, r"prompts\[0\]=\[1099511627776\]"),
+    "seed too large": ({"seed": 2**64}, "seed=18446744073709551616"),
+    "stop one": ({"stop_tokens": np.array(3)}, "stop_tokens=array"),
+    "stop fractions": ({"stop_tokens": np.array([1.5])}, "stop_tokens=array"),
     "top_p above": ({"top_p": 1.1}, "top_p=1.1"),
     "top_k": ({"top_k": -1}, "top_k=-1"),
     "top_k fraction": ({"top_k": 1.5}, "top_k=1.5"),

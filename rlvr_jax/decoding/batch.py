@@ -1,15 +1,15 @@
 """The host side of a decode: the request checked in one place, then padded to shapes that repeat."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jax.typing import ArrayLike
+
+from rlvr_jax.decoding.checks import Numbers, check_count, check_setting, check_tokens, short
 
 PREFILL_PIECE = 256  # tokens of a prompt that are prefilled at once: attention scores take [B, N, piece, prompt]
 Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray
-Numbers = ArrayLike | Sequence[float]  # a number, or one for each row
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 _SMALLEST_BUCKET = 16
 _STOP_BUCKET = 4
@@ -103,11 +103,11 @@ def make_queue(
         problem_R=np.repeat(problem_B, n),
         sample_R=np.ascontiguousarray(np.broadcast_to(sample_n, (len(arrays), n))).reshape(-1),
         seed_R2=np.tile(_seeds(seed, n), (len(arrays), 1)),
-        temperature_R=per_row("temperature", temperature, rows, "at least 0", lambda x: x >= 0),
-        top_p_R=per_row("top_p", top_p, rows, "in (0, 1]", lambda x: (x > 0) & (x <= 1)),
-        top_k_R=per_row("top_k", top_k, rows, "an integer from 0", lambda x: (x >= 0) & (x == x // 1)).astype(np.int32),
-        tau_R=per_row("tau", tau, rows, "a number", np.isfinite),
-        gamma_R=per_row("gamma", gamma, rows, "a number", np.isfinite),
+        temperature_R=_per_row("temperature", temperature, rows),
+        top_p_R=_per_row("top_p", top_p, rows),
+        top_k_R=_per_row("top_k", top_k, rows, np.int32),
+        tau_R=_per_row("tau", tau, rows),
+        gamma_R=_per_row("gamma", gamma, rows),
         stop_S=check_stop_tokens(stop_tokens),
         prompt_length=width,
     )
@@ -120,7 +120,8 @@ def select_rows(queue: Queue, rows: Sequence[int] | np.ndarray) -> Queue:
 
 
 def _seeds(seed: int | Sequence[int], n: int) -> np.ndarray:
-    seeds = [seed] * n if isinstance(seed, (int, np.integer)) else list(seed)
+    several = isinstance(seed, Sequence) or (isinstance(seed, np.ndarray) and seed.ndim > 0)
+    seeds = list(seed) if several else [seed] * n
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
             raise ValueError(f"seed={value!r}: expected an integer from 0 to 2**64 - 1")
@@ -130,33 +131,21 @@ def _seeds(seed: int | Sequence[int], n: int) -> np.ndarray:
 
 
 def check_prompts(prompts: Prompts) -> list[np.ndarray]:
-    """Prompts as integer arrays; ValueError for none at all, for an empty one and for anything but token ids."""
+    """Prompts as int32 arrays; ValueError for none at all, for an empty one and for anything but token ids."""
+    if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
+        raise ValueError(f"prompts={short(prompts)}: expected a list of prompts, each a list of token ids")
     if len(prompts) == 0:
         raise ValueError("prompts is empty: expected at least one list of token ids")
-    arrays = []
-    for index, prompt in enumerate(prompts):
-        tokens = np.asarray(prompt)
+    arrays = [check_tokens(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
+    for index, tokens in enumerate(arrays):
         if tokens.size == 0:
             raise ValueError(f"prompts[{index}] is empty: expected at least one token id")
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or tokens.min() < 0:
-            raise ValueError(f"prompts[{index}] is {_short(prompt)}: expected a list of token ids, integers from 0")
-        arrays.append(tokens)
     return arrays
 
 
-def per_row(
-    name: str, value: Numbers, rows: int, expected: str, valid: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """A setting as float32 [rows] from a number or one number a row; ValueError unless `valid` everywhere."""
-    try:
-        numbers = np.asarray(value, np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={value!r}: expected a number {expected}, or one for each of {rows} rows") from error
-    if numbers.shape not in ((), (rows,)):
-        raise ValueError(f"{name} has shape {numbers.shape}: expected a number, or one for each of {rows} rows")
-    if not np.all(valid(numbers) & np.isfinite(numbers)):
-        raise ValueError(f"{name}={_short(value)}: expected {expected}")
-    return np.ascontiguousarray(np.broadcast_to(numbers, (rows,)))
+def _per_row(name: str, value: Numbers, rows: int, dtype: type = np.float32) -> np.ndarray:
+    """A checked setting as [rows] from a number or one number a row."""
+    return np.ascontiguousarray(np.broadcast_to(np.asarray(check_setting(name, value, (rows,)), dtype), (rows,)))
 
 
 def bucket(length: int) -> int:
@@ -177,18 +166,9 @@ def cache_size(needed: int, full: int) -> int:
     return min(2 ** math.ceil(math.log2(max(needed, 1))), full)
 
 
-def check_count(name: str, value: int) -> int:
-    """`value` if it is an integer of at least 1, else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
-    return int(value)
-
-
 def check_stop_tokens(stop_tokens: Ids) -> np.ndarray:
     """The stop tokens as `Queue.stop_S`."""
-    stop = np.asarray(stop_tokens)
-    if stop.size and (stop.ndim != 1 or stop.dtype.kind not in "iu" or stop.min() < 0):
-        raise ValueError(f"stop_tokens={_short(stop_tokens)}: expected a list of token ids, integers from 0")
+    stop = check_tokens("stop_tokens", stop_tokens)
     filled = np.full(max(-(-stop.size // _STOP_BUCKET), 1) * _STOP_BUCKET, -1, np.int32)
     filled[: stop.size] = stop
     return filled
@@ -197,10 +177,5 @@ def check_stop_tokens(stop_tokens: Ids) -> np.ndarray:
 def _ids(name: str, value: Ids, *shapes: tuple[int, ...]) -> np.ndarray:
     ids = np.asarray(value)
     if ids.shape not in shapes or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**32:
-        raise ValueError(f"{name}={_short(value)}: expected integers from 0 to 2**32 - 1 of shape {shapes[-1]}")
+        raise ValueError(f"{name}={short(value)}: expected integers from 0 to 2**32 - 1 of shape {shapes[-1]}")
     return ids.astype(np.uint32)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "..."

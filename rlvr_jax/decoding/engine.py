@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlvr_jax.decoding.batch import Queue, cache_size, check_count
+from rlvr_jax.decoding.batch import Queue, cache_size
 from rlvr_jax.decoding.blocks import BlockChoice
+from rlvr_jax.decoding.checks import check_count
 from rlvr_jax.decoding.sampling import Sampling
 from rlvr_jax.decoding.slots import SlotRows, empty_slots, insert_rows, prefill_prompts
 from rlvr_jax.decoding.state import Cache, DecodeState, LanguageModel, Params, Selection

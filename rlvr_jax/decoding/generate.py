@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from rlvr_jax.decoding.batch import Ids, Numbers, Prompts, make_queue
+from rlvr_jax.decoding.batch import Ids, Prompts, make_queue
+from rlvr_jax.decoding.checks import Numbers
 from rlvr_jax.decoding.engine import CHUNK, OnChunk, serve
 from rlvr_jax.decoding.state import LanguageModel, Params
 from rlvr_jax.typing import Bool, Float, Int

@@ -260,7 +260,7 @@ def _block(
     mine, other = rule.sampled, 1 - rule.sampled
     drafts = _draft(models[mine], params[mine], state.caches[mine], block, stop_S, state, None)
     logits_BKV, plain_z_BK, log_z_BK, mine_BK = drafts.kept
-    index_K = jnp.arange(block)
+    index_K = jnp.arange(block, dtype=jnp.int32)
 
     fed_BK = jnp.concatenate([state.last_B[:, None], drafts.token_BK[:, :-1]], axis=1)
     drafted_BK = index_K < drafts.count_B[:, None]
@@ -273,7 +273,7 @@ def _block(
 
     fired_BK = _fires(rule, state, drafts, (logits_BKV, plain_z_BK), (other_BKV, other_z_BK), delta_BK)
     valid_BK = drafted_BK & jnp.isfinite(other_z_BK)
-    valid_B = jnp.sum(jnp.cumprod(valid_BK, axis=1), axis=1)  # tokens up to the first that could not be scored
+    valid_B = jnp.sum(jnp.cumprod(valid_BK, axis=1), axis=1, dtype=jnp.int32)  # tokens up to the first that could not be scored
     first_B = _first(fired_BK & (index_K < valid_B[:, None]))
     fired_B = first_B < block
     emitted_B = jnp.where(fired_B, first_B + 1, valid_B)
@@ -319,7 +319,7 @@ def _fires(
     token_N = drafts.token_BK.reshape(-1)
     keys_N = None
     if rule.criterion == "random":
-        place_N = (state.length_B[:, None] + jnp.arange(block)).reshape(-1)
+        place_N = (state.length_B[:, None] + jnp.arange(block, dtype=jnp.int32)).reshape(-1)
         keys_N = step_keys(jnp.repeat(state.key_B2, block, axis=0), place_N, CRITERION)
     logp_NV = (_flat(logits_BKV) - z_BK.reshape(-1, 1) for logits_BKV, z_BK in (mine, other))
     fired_N = fires(
@@ -341,7 +341,7 @@ def _flat(x_BKV: jax.Array) -> jax.Array:
 def _first(flags_BK: jax.Array) -> jax.Array:
     """The index of each row's first true entry, K where there is none."""
     block = flags_BK.shape[1]
-    return jnp.min(jnp.where(flags_BK, jnp.arange(block), block), axis=1)
+    return jnp.min(jnp.where(flags_BK, jnp.arange(block, dtype=jnp.int32), block), axis=1)
 
 
 def _at(x_BK: jax.Array, index_B: jax.Array) -> jax.Array:

@@ -272,7 +272,8 @@ def _blocks_forward(q_BTKGH, k_BTKH, v_BTKH, segment_BT, size: int):
             return new_top, total * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + added
 
         B, C, K, G, H = q_BCKGH.shape
-        carry = (jnp.full((B, K, G, C), _MASKED), jnp.zeros((B, K, G, C)), jnp.zeros((B, K, G, C, H)))
+        top, total = jnp.full((B, K, G, C), _MASKED, jnp.float32), jnp.zeros((B, K, G, C), jnp.float32)
+        carry = (top, total, jnp.zeros((B, K, G, C, H), jnp.float32))
         top, total, out = jax.lax.fori_loop(0, i + 1, fold, carry)
         return (out / total[..., None]).astype(q_BTKGH.dtype), top + jnp.log(total)
 
@@ -305,10 +306,10 @@ def _blocks_backward(size: int, saved, d_out_BTKGH):
             dv = layers.einsum("BKGCS,BCKGH->BSKH", weights.astype(dtype), d_out_BCKGH, jnp.float32)
             return dq, _add_block(dk_BTKH, dk, j, size), _add_block(dv_BTKH, dv, j, size)
 
-        dq, dk_BTKH, dv_BTKH = jax.lax.fori_loop(0, i + 1, fold, (jnp.zeros(q_BCKGH.shape), *carry))
+        dq, dk_BTKH, dv_BTKH = jax.lax.fori_loop(0, i + 1, fold, (jnp.zeros(q_BCKGH.shape, jnp.float32), *carry))
         return (dk_BTKH, dv_BTKH), dq.astype(dtype)
 
-    zeros = (jnp.zeros(k_BTKH.shape), jnp.zeros(v_BTKH.shape))
+    zeros = (jnp.zeros(k_BTKH.shape, jnp.float32), jnp.zeros(v_BTKH.shape, jnp.float32))
     (dk, dv), dq_nBCKGH = jax.lax.scan(queries, zeros, jnp.arange(q_BTKGH.shape[1] // size))
     dq_BTKGH = jnp.moveaxis(dq_nBCKGH, 0, 1).reshape(q_BTKGH.shape)
     return dq_BTKGH, dk.astype(k_BTKH.dtype), dv.astype(v_BTKH.dtype), None

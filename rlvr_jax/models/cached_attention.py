@@ -98,7 +98,8 @@ def _in_chunks(
         return _fold_chunk(q_BKGTH, part, mask_BTC, carry)
 
     shape = q_BKGTH.shape[:-1]
-    carry = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros(q_BKGTH.shape))
+    largest, total = jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
+    carry = (largest, total, jnp.zeros(q_BKGTH.shape, jnp.float32))
     _, total, out = fold(0, carry) if size == capacity else jax.lax.fori_loop(0, chunks, fold, carry)
     # Where nobody is live no chunk is read, and the sum is 0.
     out_BKGTH = (out / jnp.maximum(total, 1e-30)[..., None]).astype(q_BTNH.dtype)

@@ -103,7 +103,7 @@ def _work_list(length_PR: jax.Array, block: int, blocks: int) -> tuple[jax.Array
     that no part ever touches another's output.
     """
     parts, rows = length_PR.shape
-    end_PR = jnp.cumsum(pl.cdiv(length_PR, block), axis=1)
+    end_PR = jnp.cumsum((length_PR + block - 1) // block, axis=1, dtype=jnp.int32)
     index_I = jnp.arange(rows * blocks, dtype=jnp.int32)
     past_PIR = end_PR[:, None, :] <= index_I[:, None]
     row_PI = jnp.sum(past_PIR, axis=2, dtype=jnp.int32)
