@@ -4,7 +4,6 @@ Arguments are checked before anything is compiled. Nothing is compiled again for
 another seed, temperature, top-p, top-k, tau or gamma, or for prompts whose longest falls in the same bucket.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +22,7 @@ from rlvr_jax.decoding.state import LanguageModel
 from rlvr_jax.models import cache as kv_cache
 from rlvr_jax.models import decode_weights, qwen
 from rlvr_jax.models.cache import KVCache
-from rlvr_jax.models.config import QwenConfig, platform_dtype
+from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.vocabulary import common_vocabulary
 from rlvr_jax.sharding import constrain
 from rlvr_jax.typing import Array
@@ -50,8 +49,8 @@ def generate(
     """Draws `n` responses to each prompt.
 
     Args:
-      config, params: the model, from `load_hf` or `init_params`. It computes in `config.dtype`, by default in what the
-        platform is fast in (float32 on CPU, bfloat16 elsewhere); log-probabilities are float32 always.
+      config, params: the model, from `load_hf` or `init_params`. It computes in what `Qwen(config).apply` computes in,
+        `config.compute_dtype`; log-probabilities are float32 always.
       prompts: token ids, lists of any lengths.
       max_new_tokens: the most tokens of a response.
       n: responses a prompt.
@@ -208,7 +207,7 @@ def _mesh(mesh: Mesh | None, *configs: QwenConfig) -> Mesh | None:
 
 
 def _resolved(name: str, config: QwenConfig, params: Params) -> QwenConfig:
-    """The config with its compute dtype written out: by default the platform's, however the parameters are stored."""
+    """The config with its compute dtype written out."""
     expected = (config.vocab_size, config.hidden_size)
     shape = jnp.shape(params["embed"]) if isinstance(params, Mapping) and "embed" in params else None
     if shape != expected:
@@ -216,9 +215,7 @@ def _resolved(name: str, config: QwenConfig, params: Params) -> QwenConfig:
             f"the embedding in the parameters of {name} has shape {shape}: expected {expected}, "
             "(vocab_size, hidden_size) of the config"
         )
-    if config.dtype is not None:
-        return config
-    return dataclasses.replace(config, dtype=platform_dtype())
+    return config.with_dtype(params)
 
 
 def _check_tokens(name: str, config: QwenConfig, prompts: Prompts, stop_tokens: Ids, max_new_tokens: int) -> None:

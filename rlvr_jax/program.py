@@ -117,7 +117,7 @@ def run_program(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], No
     """Runs a program: `prepare` checks all input before any long work starts, `run` does the work.
 
     Returns:
-      0; 2 when `prepare` raises ValueError or OSError; 75 when `run` raises Preempted; 1 when it raises another
+      0; 2 when `prepare` raises ValueError or OSError, or finds no device of the platform asked for; 75 when `run` raises Preempted; 1 when it raises another
       RunError, FolderInUse or OSError, or is interrupted; each with one sentence on stderr, which "error:" begins but
       for 75.
       Any other exception propagates with its traceback. One of several processes ends at once, with 69 where another
@@ -144,6 +144,10 @@ def _outcome(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], None]
         job = prepare(sys.argv[1:])
     except (ValueError, OSError) as error:
         return _fail(error, USAGE_ERROR), str(error)
+    except (AssertionError, RuntimeError):  # what jax raises where the platform asked for has no device, among others
+        if (missing := _missing_platform()) is None:
+            raise
+        return _fail(missing, USAGE_ERROR), str(missing)
     try:
         run(job)
     except Preempted as error:  # which all agree on
@@ -154,6 +158,27 @@ def _outcome(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], None]
     except KeyboardInterrupt:
         return _fail(RunError("interrupted; the same command resumes from what is saved"), RUN_ERROR), "interrupted"
     return 0, ""
+
+
+def _platforms() -> str:
+    """The platforms that jax was told to use, separated by commas; empty: whatever there is."""
+    return jax.config.jax_platforms or ""
+
+
+def _missing_platform() -> ValueError | None:
+    """What is wrong where jax was told to use a platform that has no device here; None where it has one."""
+    asked = _platforms()
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        first = asked.split(",")[0]
+        accelerator = {"cuda": "cuda12", "gpu": "cuda12", "tpu": "tpu"}.get(first, "cuda12|cuda13|tpu")
+        reason = f" ({error})" if str(error) else ""
+        return ValueError(
+            f"JAX_PLATFORMS={asked}: the installed jax finds no such device here{reason}; "
+            f"`make setup ACCELERATOR={accelerator}` installs jax for one, JAX_PLATFORMS=cpu takes the CPU"
+        )
+    return None
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from rlvr_jax.decoding.checks import check_count, check_tokens
 from rlvr_jax.decoding.selective import make_rule
 from rlvr_jax.direction import CRITERIA, FIRES_BELOW, criterion_value, fires_at
 from rlvr_jax.generation import language_model
-from rlvr_jax.models.config import QwenConfig, platform_dtype
+from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.vocabulary import common_vocabulary
 from rlvr_jax.sharding import batch_shards, constrain
 from rlvr_jax.typing import Array
@@ -56,7 +56,7 @@ def criterion_values(
 
     Args:
       config_base, params_base, config_rl, params_rl: the two models, over the same vocabulary. They compute in the
-        config's `dtype`, by default the platform's, as in `generate_selective`.
+        config's `compute_dtype`, as in `generate_selective`.
       prompts: token ids before each response, at least one.
       responses: token ids that are scored.
       criteria: names from `direction.CRITERIA`, not random, none or all, which measure nothing.
@@ -192,8 +192,8 @@ def score_texts(
     texts = _checked_texts(prompts, responses, min(config_base.vocab_size, config_rl.vocab_size))
     config_base, params_base, config_rl, params_rl = common_vocabulary(config_base, params_base, config_rl, params_rl)
     models = tuple(
-        language_model(dataclasses.replace(config, dtype=config.dtype or platform_dtype()), cache_dtype)
-        for config in (config_base, config_rl)
+        language_model(config.with_dtype(params), cache_dtype)
+        for config, params in ((config_base, params_base), (config_rl, params_rl))
     )
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         both = tuple(model.prepare(params) for model, params in zip(models, (params_base, params_rl), strict=True))

@@ -361,8 +361,8 @@ def test_parameters_of_another_vocabulary():
         generate(dataclasses.replace(config, vocab_size=65), params, [[1]], max_new_tokens=1)
 
 
-def test_the_compute_dtype_is_the_platforms_whatever_is_stored():
-    """On CPU bfloat16 parameters decode in float32: the tokens and log-probs of the same numbers stored as float32."""
+def test_on_cpu_bfloat16_parameters_decode_in_float32():
+    """The tokens and log-probs of the same numbers stored as float32."""
     config, params = tiny_qwen()
     stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     widened = jax.tree.map(lambda x: x.astype(jnp.float32), stored)

@@ -1,5 +1,6 @@
 """Live comparison with torch and transformers: `make test-parity`."""
 
+import dataclasses
 import json
 
 import jax
@@ -131,6 +132,7 @@ def test_bfloat16_is_as_near_to_float32_as_theirs(pair):
     theirs_low = their_logits(theirs.to(torch.bfloat16), tokens, mask)
     theirs.to(torch.float32)
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    config = dataclasses.replace(config, dtype="bfloat16")
     ours_low = np.asarray(qwen.Qwen(config).apply({"params": low}, tokens, None, mask))
     ours, reference = (np.sqrt(np.mean((y - exact)[mask != 0] ** 2)) for y in (ours_low, theirs_low))
     report(name, "bf16 logits, root mean square error, ours", ours)

@@ -243,13 +243,13 @@ def test_mesh_equals_one_device(config):
 
 
 def test_bfloat16():
-    """bf16 compute over fp32 parameters, and bf16 parameters, give bf16 hidden states and logits near fp32's."""
+    """bf16 compute, over fp32 and over bf16 parameters, gives bf16 hidden states and logits near fp32's."""
     config = QWEN3
     params = params_of(config)
     exact = forward(config)(params, TOKENS)
     mixed = dataclasses.replace(config, dtype="bfloat16")
     stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    for some_config, some_params in ((mixed, params), (config, stored)):
+    for some_config, some_params in ((mixed, params), (mixed, stored)):
         hidden = jax.eval_shape(functools.partial(qwen.hidden_states, some_config), some_params, TOKENS)
         assert hidden.dtype == jnp.bfloat16
         logits = forward(some_config)(some_params, TOKENS)

@@ -40,8 +40,8 @@ def score_pair(
 
     Args:
       config_base, params_base, config_rl, params_rl: the two models, over the same tokenizer. Where one has more
-        rows of padding, both are cut to the fewer rows. They compute in the config's `dtype`,
-        by default the platform's.
+        rows of padding, both are cut to the fewer rows. They compute in the
+        config's `compute_dtype`.
       prompts: token ids before each response, at least one.
       responses: token ids that are scored.
       written_by: "base" or "rl", or one of them a response: whose probabilities `gradient_share` takes.

@@ -78,7 +78,7 @@ class QwenConfig:
       qkv_bias, qk_norm: which of the two families' attention extras are present.
       max_position_embeddings: declared context length in tokens.
       initializer_range: standard deviation of `init_params`.
-      dtype: compute dtype by name; None computes in the dtype of the parameters. Norms, softmax and rotary
+      dtype: compute dtype by name; None follows the parameters, see `compute_dtype`. Norms, softmax and rotary
         embeddings are float32 in any case, and logits are returned in float32.
       remat: what a training forward keeps for the backward pass: "none" keeps everything, "dots" the results of
         weight matmuls, "attention" each layer's input and what attention gave, "full" only each layer's input.
@@ -217,8 +217,18 @@ class QwenConfig:
         return content | ({"attention_bias": False} if self.model_type == "qwen3" else {})
 
     def compute_dtype(self, param_dtype: Any) -> jnp.dtype:
-        """`dtype` as a dtype; that of the parameters where it is None."""
-        return jnp.dtype(self.dtype if self.dtype is not None else param_dtype)
+        """What a model computes in, in a forward, a decode and a scoring alike: `dtype` where it is given.
+
+        Where it is None, the dtype that the parameters are stored in, but float32 on CPU, where XLA has no fast
+        bfloat16. So the log-probabilities that `generate` returns are those of `Qwen(config).apply`.
+        """
+        if self.dtype is not None:
+            return jnp.dtype(self.dtype)
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else param_dtype)
+
+    def with_dtype(self, params: Mapping[str, Any]) -> "QwenConfig":
+        """The config with the `compute_dtype` for these parameters written out."""
+        return dataclasses.replace(self, dtype=self.compute_dtype(params["embed"].dtype).name)
 
 
 def platform_dtype() -> str:

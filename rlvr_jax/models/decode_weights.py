@@ -210,4 +210,4 @@ def _unstack_and_cast(config: QwenConfig, params: Params) -> Params:
 
 
 def _cast_to(config: QwenConfig, name: str, x: Array) -> jnp.dtype:
-    return jnp.dtype(x.dtype) if config.dtype is None or "norm" in name else jnp.dtype(config.dtype)
+    return jnp.dtype(x.dtype) if "norm" in name else config.compute_dtype(x.dtype)
