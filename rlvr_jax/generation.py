@@ -54,7 +54,7 @@ def generate(
       prompts: token ids, lists of any lengths.
       max_new_tokens: the most tokens of a response.
       n: responses a prompt.
-      temperature: 0 is greedy. top_p: in (0, 1]. top_k: 0 for no limit. Numbers, or one for each of the
+      temperature: 0 is greedy. top_p: in [0, 1]. top_k: 0 for no limit. Numbers, or one for each of the
         len(prompts) * n rows.
       seed: a row's tokens depend on its prompt, its settings, the seed and the indices of prompt and sample alone.
       stop_tokens: ids that end a response (none: always max_new_tokens).

@@ -25,7 +25,7 @@ def kept(logits, **settings) -> np.ndarray:
 
 
 def exact_tie(vocabulary: int, best: int) -> tuple[np.ndarray, np.float32]:
-    """Logits with `best` equal tokens above equal others, and the top_p whose share of all is `best` to the last bit."""
+    """Logits with `best` equal tokens above equal others, and the top_p that the best hold to the last bit."""
     places = np.random.default_rng(vocabulary).permutation(vocabulary)[:best]
     for level in np.linspace(-2, -1, 500, dtype=np.float32):
         logits = np.full(vocabulary, level)
@@ -33,14 +33,15 @@ def exact_tie(vocabulary: int, best: int) -> tuple[np.ndarray, np.float32]:
         mass = jnp.exp(logits)
         total = np.float32(np.asarray(mass, np.float64).sum())
         top_p = np.float32(best / total)
-        if sampling._exact_sum(mass) == total and top_p * total == best and np.nextafter(top_p, np.float32(1)) * total > best:
+        above = np.nextafter(top_p, np.float32(1)) * total
+        if sampling._exact_sum(mass) == total and top_p * total == best < above:
             return logits, top_p
     raise AssertionError("no exact tie found")
 
 
 @pytest.mark.parametrize(("vocabulary", "best"), [(5, 1), (5, 3), (130, 40), (130, 127), (700, 150), (700, 3)])
 def test_an_exact_tie_on_the_boundary(vocabulary, best):
-    """The best tokens hold exactly top_p: they are enough, the next ones are out; one bit more of top_p lets them in."""
+    """The best tokens hold exactly top_p, so the next ones are out. One bit more of top_p lets them in."""
     logits, tie = exact_tie(vocabulary, best)
     for top_p, expected in ((tie, logits == 0), (np.nextafter(tie, np.float32(1)), logits > -3)):
         np.testing.assert_array_equal(kept(logits, top_p=top_p), expected)
@@ -98,7 +99,7 @@ def test_every_draw_ends(bad, top_p):
 
 
 SETTINGS = {
-    "temperature": [-0.1, np.float32(-1), np.nan, np.inf, np.ones(3), np.ones((2, 1))],
+    "temperature": [-0.1, np.float32(-1), np.nan, np.inf, 1e39, np.ones(3), np.ones((2, 1))],
     "top_p": [-0.1, 1.1, np.float32(2), np.nan, np.ones((1,))],
     "top_k": [-1, np.int64(-5), 1.5, np.nan, 2**31, True, np.ones((2, 2), int)],
 }

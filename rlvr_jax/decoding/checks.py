@@ -8,10 +8,11 @@ from jax.typing import ArrayLike
 
 Numbers = ArrayLike | Sequence[float]  # a number, or one for each row
 
+_LARGEST = float(np.finfo(np.float32).max)
 # What is expected of each setting, in words and as a test of finite numbers.
 _SETTINGS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "temperature": ("at least 0", lambda x: x >= 0),
-    "top_p": ("in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
+    "temperature": ("a number of at least 0", lambda x: x >= 0),
+    "top_p": ("a number in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
     "top_k": ("an integer from 0 to 2**31 - 1", lambda x: (x >= 0) & (x < 2**31) & (x == np.floor(x))),
     "tau": ("a finite number", np.isfinite),
     "gamma": ("a finite number", np.isfinite),
@@ -29,17 +30,15 @@ def check_setting(name: str, value: Numbers, rows: tuple[int, ...]) -> Numbers:
     seen = not isinstance(value, jax.core.Tracer) and (not isinstance(value, jax.Array) or value.is_fully_addressable)
     try:
         numbers = np.asarray(value) if seen else value
-        shape = np.shape(numbers)
-        kind = numbers.dtype
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={short(value)}: expected a number {expected}, {each}") from error
-    if shape not in ((), rows):
-        raise ValueError(f"{name} has shape {shape}: expected one number, {each}")
-    if not (jax.dtypes.issubdtype(kind, np.integer) or jax.dtypes.issubdtype(kind, np.floating)):
-        raise ValueError(f"{name}={short(value)}: expected a number {expected}, {each}")
+        raise ValueError(f"{name}={short(value)}: expected {expected}, {each}") from error
+    if not (jax.dtypes.issubdtype(numbers.dtype, np.integer) or jax.dtypes.issubdtype(numbers.dtype, np.floating)):
+        raise ValueError(f"{name}={short(value)}: expected {expected}, {each}")
+    if numbers.shape not in ((), rows):
+        raise ValueError(f"{name} has shape {numbers.shape}: expected one number, {each}")
     if seen:
         wide = numbers.astype(np.float64)
-        if not np.all(np.isfinite(wide) & valid(wide)):
+        if not np.all((np.abs(wide) <= _LARGEST) & valid(wide)):
             raise ValueError(f"{name}={short(value)}: expected {expected}")
     return value
 

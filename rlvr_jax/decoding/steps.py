@@ -273,7 +273,8 @@ def _block(
 
     fired_BK = _fires(rule, state, drafts, (logits_BKV, plain_z_BK), (other_BKV, other_z_BK), delta_BK)
     valid_BK = drafted_BK & jnp.isfinite(other_z_BK)
-    valid_B = jnp.sum(jnp.cumprod(valid_BK, axis=1), axis=1, dtype=jnp.int32)  # tokens up to the first that could not be scored
+    # Tokens up to the first that could not be scored.
+    valid_B = jnp.sum(jnp.cumprod(valid_BK, axis=1), axis=1, dtype=jnp.int32)
     first_B = _first(fired_BK & (index_K < valid_B[:, None]))
     fired_B = first_B < block
     emitted_B = jnp.where(fired_B, first_B + 1, valid_B)
