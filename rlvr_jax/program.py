@@ -118,8 +118,8 @@ def run_program(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], No
 
     Returns:
       0; 2 when `prepare` raises ValueError or OSError, or jax has no device of the platform that it was told to use; 75
-      when `run` raises Preempted; 1 when it raises another RunError, FolderInUse or OSError, or is interrupted; each with one sentence on stderr, which "error:" begins but
-      for 75.
+      when `run` raises Preempted; 1 when it raises another RunError, FolderInUse or OSError, or is interrupted; each
+      with one sentence on stderr, which "error:" begins but for 75.
       Any other exception propagates with its traceback. One of several processes ends at once, with 69 where another
       one is the cause (see `rlvr_jax.watch`).
     """
