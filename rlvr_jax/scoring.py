@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from rlvr_jax.checks import require
 from rlvr_jax.decoding.checks import check_count, check_tokens
 from rlvr_jax.decoding.selective import make_rule
 from rlvr_jax.direction import CRITERIA, FIRES_BELOW, criterion_value, fires_at
@@ -119,8 +120,7 @@ def threshold_for_share(criterion: str, values: ArrayLike | Sequence[float], sha
     """
     if criterion not in (*MEASURED, "random"):
         raise ValueError(f"criterion={criterion!r}: expected one of {', '.join((*MEASURED, 'random'))}")
-    if not 0 < share < 1:
-        raise ValueError(f"share={share}: expected a number above 0 and below 1")
+    require("share", share, "a number above 0 and below 1", lambda x: (x > 0) & (x < 1))
     if criterion == "random":
         return Threshold(share, share, 0.0)
     values_N = np.asarray(values, np.float32)

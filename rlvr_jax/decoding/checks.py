@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from rlvr_jax.checks import not_negative, require, require_per_row
+
 Numbers = ArrayLike | Sequence[float]  # a number, or one for each row
 
-_LARGEST = float(np.finfo(np.float32).max)
-# What is expected of each setting, in words and as a test of finite numbers.
+_LARGEST = float(np.finfo(np.float32).max)  # which the settings become
+# What is expected of each setting, in words and as a test.
 _SETTINGS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "temperature": ("a number of at least 0", lambda x: x >= 0),
+    "temperature": ("a number of at least 0", not_negative),
     "top_p": ("a number in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
     "top_k": ("an integer from 0 to 2**31 - 1", lambda x: (x >= 0) & (x < 2**31) & (x == np.floor(x))),
     "tau": ("a finite number", np.isfinite),
@@ -26,20 +27,8 @@ def check_setting(name: str, value: Numbers, rows: tuple[int, ...]) -> Numbers:
       ValueError: naming the setting, its value and what was expected.
     """
     expected, valid = _SETTINGS[name]
-    each = f"or one for each row, of shape {rows}"
-    seen = not isinstance(value, jax.core.Tracer) and (not isinstance(value, jax.Array) or value.is_fully_addressable)
-    try:
-        numbers = np.asarray(value) if seen else value
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={short(value)}: expected {expected}, {each}") from error
-    if not (jax.dtypes.issubdtype(numbers.dtype, np.integer) or jax.dtypes.issubdtype(numbers.dtype, np.floating)):
-        raise ValueError(f"{name}={short(value)}: expected {expected}, {each}")
-    if numbers.shape not in ((), rows):
-        raise ValueError(f"{name} has shape {numbers.shape}: expected one number, {each}")
-    if seen:
-        wide = numbers.astype(np.float64)
-        if not np.all((np.abs(wide) <= _LARGEST) & valid(wide)):
-            raise ValueError(f"{name}={short(value)}: expected {expected}")
+    require_per_row(name, value, rows)
+    require(name, value, expected, lambda x: (np.abs(x) <= _LARGEST) & valid(x))
     return value
 
 

@@ -78,7 +78,10 @@ def cache_bytes(config: QwenConfig, batch: int, length: int, dtype: Any = None) 
 
 def cache_dtype(config: QwenConfig, dtype: Any = None) -> jnp.dtype:
     """The dtype that `init_cache` makes of its argument. Raises ValueError unless it is int8 or a float."""
-    resolved = jnp.dtype(config.compute_dtype(jnp.float32) if dtype is None else dtype)
+    try:
+        resolved = jnp.dtype(config.compute_dtype(jnp.float32) if dtype is None else dtype)
+    except TypeError as error:
+        raise ValueError(f"cache dtype {dtype!r}: expected a float type or int8") from error
     if resolved != jnp.int8 and not jnp.issubdtype(resolved, jnp.floating):
         raise ValueError(f"cache dtype {dtype!r}: expected a float type or int8")
     return resolved
