@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from rlvr_jax.checks import require
+from rlvr_jax.decoding.batch import Prompts
 from rlvr_jax.decoding.checks import check_count, check_tokens
 from rlvr_jax.decoding.selective import make_rule
 from rlvr_jax.direction import CRITERIA, FIRES_BELOW, criterion_value, fires_at
@@ -39,8 +40,8 @@ def criterion_values(
     params_base: Params,
     config_rl: QwenConfig,
     params_rl: Params,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    prompts: Prompts,
+    responses: Prompts,
     criteria: Sequence[str],
     *,
     top_logprobs: int | None = None,
@@ -175,8 +176,8 @@ def score_texts(
     params_base: Params,
     config_rl: QwenConfig,
     params_rl: Params,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    prompts: Prompts,
+    responses: Prompts,
     rule: Rule,
     *,
     cache_dtype: str | None = None,
@@ -279,9 +280,7 @@ def _padded(length: int) -> int:
     return size
 
 
-def _checked_texts(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], vocabulary: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def _checked_texts(prompts: Prompts, responses: Prompts, vocabulary: int) -> list[tuple[np.ndarray, np.ndarray]]:
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: expected one prompt a response")
     texts = []
