@@ -21,6 +21,7 @@ from rlvr_jax.microscope.pair import score_pair
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import hidden_states, logits
 from rlvr_jax.program import run_program
+from rlvr_jax.training import with_learning_rate
 from tests.tiny import compiled_once, tiny_checkpoint, write_tiny_problems
 from tests.tiny_rules import marks
 from train.loop import run
@@ -374,7 +375,9 @@ def test_no_group_that_varies_is_one_sentence_and_exit_code_1(place, monkeypatch
 
 def test_three_updates_in_a_row_that_are_not_finite_end_the_run_with_their_batch(place, monkeypatch, capsys):
     """Two in the first trainer step; the third after a resume, since the checkpoint has the count."""
-    changes = {"optim__lr": 1e30, "optim__warmup": 0, "data__val": None, "algorithm__dynamic_sampling": False}
+    # A learning rate that no configuration may have.
+    monkeypatch.setattr("train.trainer.with_learning_rate", lambda state, lr: with_learning_rate(state, 1e30))
+    changes = {"data__val": None, "algorithm__dynamic_sampling": False}
     folder = place / "blown"
     code, err = program(place, folder, monkeypatch, capsys, steps=1, **changes)
     assert code == 0, err

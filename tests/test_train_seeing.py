@@ -143,7 +143,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_read(monk
     with pytest.raises(ValueError, match=r"^log\.trackers: wandb cannot be imported .*pip install wandb"):
         check(config)
     other = dataclasses.replace(config, log=c.LogConfig(trackers=("mlflow",)))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^log\.trackers: 'mlflow': expected some of wandb, trackio"):
+    with pytest.raises(ValueError, match=r"^log\.trackers has 'mlflow': expected one of wandb, trackio"):
         check(other)
 
 

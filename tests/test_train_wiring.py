@@ -209,6 +209,7 @@ def test_shuffled_weights_differ_from_step_to_step():
 class Recorder:
     def __init__(self):
         self.calls = []
+        self.tokenizer = SimpleNamespace(decode=lambda ids, **_: "")
 
     def __call__(self, params, prompts, problem_ids, *, n, on_tokens, on_part=lambda part: None, **settings):
         self.calls.append({"problem_ids": list(problem_ids), "n": n, **settings})
