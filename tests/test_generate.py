@@ -165,6 +165,18 @@ def test_prompt_is_prefilled_once_for_its_samples():
     assert {shape for shape in shapes if shape[1] == 1} == {(15, 1)}
 
 
+def test_prefilled_prompts_are_dropped_when_their_rows_are_in_slots():
+    """Else a long run would keep the caches of all its prompts."""
+    length, seen = 23, []  # a length that no other test uses, to find the arrays by
+
+    def look(*_: int) -> None:
+        seen.append(sum(x.shape == (1, length) for x in jax.live_arrays()))
+
+    decode(TOY, PARAMS, [[1, 2]] * 5, max_new_tokens=2, slots=1, prompt_length=length, on_chunk=look)
+    assert len(seen) == 5
+    assert max(seen) <= 1
+
+
 def test_long_prompts_are_prefilled_in_pieces():
     prompt = np.random.default_rng(0).integers(0, 11, 2 * PREFILL_PIECE + 9)
     shapes = []
@@ -353,6 +365,11 @@ def test_bad_ids_and_lengths_of_decode():
     ):
         with pytest.raises(ValueError, match=message):
             decode(TOY, PARAMS, [[1, 2, 3]], max_new_tokens=2, **arguments)
+
+
+def test_a_prompt_may_be_as_long_as_the_padding():
+    fits = decode(TOY, PARAMS, [[1, 2, 3]], max_new_tokens=2, prompt_length=3)
+    assert_same(fits, decode(TOY, PARAMS, [[1, 2, 3]], max_new_tokens=2))
 
 
 def test_parameters_of_another_vocabulary():

@@ -157,6 +157,18 @@ def test_every_criterion_fires_where_it_says(criterion):
     np.testing.assert_array_equal(expected, fires(criterion, base, rl, y_B, TAU[criterion]))
 
 
+def test_rows_of_different_temperatures():
+    """dlogp is at temperature 1 whatever the row's temperature, logp at the row's own (0 counts as 1)."""
+    temperature = np.array([1.0, 0.5, 0.0, 1.0, 0.5, 0.0])
+    result = selective(criterion="none", tau=None, gamma=0.0, temperature=temperature)
+    for row, place, text in positions(result):
+        y = result.tokens[row, place]
+        delta = logp_of(RL, text)[y] - logp_of(BASE, text)[y]
+        np.testing.assert_allclose(result.delta_logp[row, place], delta, atol=1e-4)
+        own = np.log(softmax(toy_logits(BASE, text) / (temperature[row] or 1.0)))[y]
+        np.testing.assert_allclose(result.logp[row, place], own, atol=1e-4)
+
+
 def test_random_does_not_look_at_the_token():
     result = first_tokens("random", 0.3, 0.0)
     assert abs(result.fired.mean() - 0.3) < 4 * np.sqrt(0.21 / (2 * ROWS))
