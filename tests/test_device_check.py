@@ -1,12 +1,17 @@
 """The device check in its small form: every part gives its figures, and a wrong number ends it with exit code 1."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.device_check import __main__ as program
 from benchmarks.device_check import decode, reference, trace
+
+SELDOM_THERE = ("tyro", "grain", "math_verify", "orbax")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,15 @@ def test_what_is_wrong_or_fails_decides_the_exit_code(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "WRONG: bad failed: ZeroDivisionError" in said
     assert "LEFT OUT: late" in said
+
+
+def test_it_needs_nothing_that_gpu_images_seldom_carry():
+    parts = ("__main__", "machine", "reference", "sampler", "train", "decode", "sizes")
+    code = "import importlib, sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in SELDOM_THERE)
+    code += "".join(f"importlib.import_module('benchmarks.device_check.{name}')\n" for name in parts)
+    root = Path(__file__).parent.parent
+    ended = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_summary_of_a_trace():

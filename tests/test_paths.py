@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pwd
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -26,8 +27,10 @@ def home(tmp_path, monkeypatch):
 
 
 def test_the_home_folder_is_written_out_as_a_shell_does(home):
+    me = pwd.getpwuid(os.getuid())
     for given, expected in {
-        "~/x": f"{home}/x", "~": str(home), "~root/x": "/root/x", "./~/x": "./~/x", "a~/x": "a~/x", "gs://b/~/x": "gs://b/~/x",
+        "~/x": f"{home}/x", "~": str(home),
+        f"~{me.pw_name}/x": f"{me.pw_dir}/x", "./~/x": "./~/x", "a~/x": "a~/x", "gs://b/~/x": "gs://b/~/x",
         "~ 3 apples": "~ 3 apples", "": "",
     }.items():  # fmt: skip
         assert at_home(given) == expected

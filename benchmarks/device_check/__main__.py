@@ -8,8 +8,8 @@ Parts: machine (its limits), numerics (against float32 on this machine's CPU), s
 random weights). OUT/device_check.json is written anew after each part. A part for which the budget is too short is left
 out and named. Exit code 1: a number is wrong, or a part failed; both are listed.
 
-Of the requirements it needs jax, flax, optax, numpy, jaxtyping, transformers and tyro (pure Python, not on every GPU
-image; `.whl/` takes its wheel and those of what it needs); with matplotlib it draws as well.
+It runs where jax, flax, optax, numpy, jaxtyping and transformers are, without the requirements that GPU images seldom
+carry (tyro, grain, math-verify, orbax). With matplotlib it draws as well.
 """
 
 import argparse

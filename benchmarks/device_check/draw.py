@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 
 def draw(found: dict, out: Path) -> list[Path]:
@@ -21,7 +22,7 @@ def draw(found: dict, out: Path) -> list[Path]:
     return written
 
 
-def _decode(decodes: dict, title: str) -> plt.Figure:
+def _decode(decodes: dict, title: str) -> Figure:
     figure, axes = plt.subplots(figsize=(9, 0.6 + 0.32 * sum(len(part["cases"]) for part in decodes.values())))
     labels, rates, notes = [], [], []
     for name, part in decodes.items():
@@ -40,7 +41,7 @@ def _decode(decodes: dict, title: str) -> plt.Figure:
     return figure
 
 
-def _kernels(profiles: dict, title: str) -> plt.Figure:
+def _kernels(profiles: dict, title: str) -> Figure:
     figure, all_axes = plt.subplots(len(profiles), 1, figsize=(9, 2.4 * len(profiles)), squeeze=False)
     for axes, (name, profile) in zip(all_axes[:, 0], profiles.items(), strict=True):
         largest = profile["largest"][:8]
@@ -58,7 +59,7 @@ def _kernels(profiles: dict, title: str) -> plt.Figure:
     return figure
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

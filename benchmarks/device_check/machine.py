@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def identity() -> dict:
         "nvidia_smi": _said("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jax.lib.__version__,
+        "jaxlib": version("jaxlib"),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "commit": _said("git", "rev-parse", "HEAD"),
     }

@@ -1,6 +1,7 @@
 """What the check runs on a real accelerator, and the same programs made small for any machine."""
 
 import dataclasses
+from typing import Any
 
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.planning.models import PUBLISHED
@@ -103,16 +104,16 @@ SIZES = {
 }
 
 
-def timed_config(name: str, **more: object) -> QwenConfig:
+def timed_config(name: str, **more: Any) -> QwenConfig:
     """A published model's shape, or that of the small form."""
     if name == "tiny":
         return QwenConfig(
             "qwen3", 512, 32, 64, 1, 2, 1, 16, rope_theta=1e6, qk_norm=True, tie_word_embeddings=True, **more
-        )  # type: ignore[arg-type]
-    return dataclasses.replace(PUBLISHED[name], **more)  # type: ignore[arg-type]
+        )
+    return dataclasses.replace(PUBLISHED[name], **more)
 
 
-def numeric_config(size: Size, **more: object) -> QwenConfig:
+def numeric_config(size: Size, **more: Any) -> QwenConfig:
     """The model of the numeric comparison: small, untied, of Qwen3's form."""
     shape = {"rope_theta": 1e6, "qk_norm": True, "tie_word_embeddings": False, **size.numeric, **more}
-    return QwenConfig("qwen3", **shape)  # type: ignore[arg-type]
+    return QwenConfig("qwen3", **shape)

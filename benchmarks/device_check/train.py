@@ -1,6 +1,7 @@
 """One micro-batch of a DAPO update and the optimizer, with each kind of attention that the device offers."""
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class Train:
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "least_GB_s": moved / seconds / 1e9}
 
-    def _params(self) -> dict:
+    def _params(self) -> Mapping:
         return qwen.init_params(self.config, jax.random.key(0))
 
     def _sequence(self) -> int:

@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from tyro.constructors import PrimitiveConstructorSpec
-
 from rlvr_jax.data.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -44,16 +42,19 @@ def parse_template_args(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-TemplateArgs = Annotated[
-    dict[str, Any],
-    PrimitiveConstructorSpec(
+try:
+    from tyro.constructors import PrimitiveConstructorSpec
+except ModuleNotFoundError:  # no command line is read without tyro; functions that take a configuration need none
+    _FLAG = None
+else:
+    _FLAG = PrimitiveConstructorSpec(
         nargs="*",
         metavar="[KEY=VALUE ...]",
         instance_from_str=parse_template_args,
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [f"{key}={json.dumps(one, default=str)}" for key, one in value.items()],
-    ),
-]
+    )
+TemplateArgs = Annotated[dict[str, Any], _FLAG]
 
 
 def check_template_args(tokenizer: Tokenizer, arguments: Mapping[str, Any], *, key: str = "template_args") -> Tokenizer:
