@@ -1,10 +1,11 @@
 """Checks of arguments: of shapes always, of values where they can be seen, which inside jit they cannot."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 # bfloat16 keeps two or three digits of a log-probability, so its rows sum to 1 within some percent.
@@ -14,7 +15,7 @@ _ROWS_LOOKED_AT = 4
 
 def seen(value: Any) -> np.ndarray | None:
     """The numbers of `value` as numpy; None where it is traced or lies on devices of other processes too."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return None
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return None
@@ -38,7 +39,7 @@ def require(name: str, value: Any, expected: str, holds: Callable[[np.ndarray], 
         raise ValueError(f"{name}={known[~good][0]}: expected {expected}")
 
 
-def require_per_row(name: str, value: ArrayLike, rows: tuple[int, ...]) -> None:
+def require_per_row(name: str, value: ArrayLike | Sequence[float], rows: tuple[int, ...]) -> None:
     """Refuses what is neither one number nor one per row; [B, 1] would broadcast to a table."""
     if np.shape(value) not in ((), rows):
         raise ValueError(f"{name} has shape {np.shape(value)}: expected a number, or one per row, {rows}")

@@ -267,7 +267,7 @@ class _TopList:
         self.least_B1 = self.cut_B1 = self.values_BK[:, -1:]
         if token_B is not None:
             token_B1 = jnp.asarray(token_B)[:, None].astype(self.ids_BK.dtype)
-            drawn_B1 = token_values(logp_BV, token_B)[:, None]
+            drawn_B1 = token_values(logp_BV, jnp.asarray(token_B))[:, None]
             listed_B1 = jnp.any(self.ids_BK == token_B1, axis=-1, keepdims=True)
             self.ids_BK = jnp.concatenate([self.ids_BK, token_B1], axis=-1)
             self.values_BK = jnp.concatenate([self.values_BK, jnp.where(listed_B1, -jnp.inf, drawn_B1)], axis=-1)

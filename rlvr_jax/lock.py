@@ -188,7 +188,7 @@ def _remove_dead(path: Path) -> None:
     except FileNotFoundError:
         return
     holder = _read(text)
-    if not _known_here(holder) or _alive(holder):
+    if holder is None or not _known_here(holder) or _alive(holder):
         raise FolderInUse(_refusal(path, holder))
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):  # another start removes it too
@@ -200,15 +200,17 @@ def _remove_dead(path: Path) -> None:
 
 
 def _refusal(path: Path, holder: dict[str, Any] | None) -> str:
-    who, lost = "another process", "" if _known_here(holder) else f". If it is not running any more, remove {path}"
+    who = "another process"
     if holder is not None:
         who = f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
+    known = holder is not None and _known_here(holder)
+    lost = "" if known else f". If it is not running any more, remove {path}"
     return f"{path.parent}: in use by {who}; wait for its end, or use another folder{lost}"
 
 
-def _known_here(holder: dict[str, Any] | None) -> bool:
+def _known_here(holder: dict[str, Any]) -> bool:
     """Whether this machine can tell if a holder is alive."""
-    return holder is not None and holder.get("machine") == _machine()
+    return holder.get("machine") == _machine()
 
 
 def _read(text: str) -> dict[str, Any] | None:

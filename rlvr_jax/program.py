@@ -162,7 +162,7 @@ def _outcome(prepare: Callable[[Sequence[str]], Job], run: Callable[[Job], None]
 
 def _platforms() -> str:
     """The platforms that jax was told to use, separated by commas; empty: whatever there is."""
-    return jax.config.jax_platforms or ""
+    return jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]: made at run time
 
 
 def _missing_platform() -> ValueError | None:

@@ -79,7 +79,9 @@ class _Run:
         reward = config.reward
         self.pool = stack.enter_context(SharedPool(self.cluster, reward.workers, **grading(config)))
         wanted = ("seed", "data", "rollout", "reward", "model", "algorithm", "optim", *CONTENT)
-        made_for = {name: job.record[name] for name in wanted} | {"rule": rule_version(config.reward.rule)}
+        made_for: dict[str, Any] = {name: job.record[name] for name in wanted} | {
+            "rule": rule_version(config.reward.rule)
+        }
         for name, paths in {"model": ("path",), "data": ("train", "val")}.items():  # the content counts, not the place
             made_for[name] = {key: value for key, value in made_for[name].items() if key not in paths}
         self.spool = SharedSpool(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -120,8 +120,7 @@ def select_rows(queue: Queue, rows: Sequence[int] | np.ndarray) -> Queue:
 
 
 def _seeds(seed: int | Sequence[int], n: int) -> np.ndarray:
-    several = isinstance(seed, Sequence) or (isinstance(seed, np.ndarray) and seed.ndim > 0)
-    seeds = list(seed) if several else [seed] * n
+    seeds: list[Any] = [seed] * n if isinstance(seed, int) else list(seed) if np.ndim(seed) else [seed] * n
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
             raise ValueError(f"seed={value!r}: expected an integer from 0 to 2**64 - 1")

@@ -1,6 +1,7 @@
 """The settings of a decode and what each may be: checked in one place, wherever their values can be seen."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -11,7 +12,7 @@ Numbers = ArrayLike | Sequence[float]  # a number, or one for each row
 
 _LARGEST = float(np.finfo(np.float32).max)  # which the settings become
 # What is expected of each setting, in words and as a test.
-_SETTINGS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+_SETTINGS: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
     "temperature": ("a number of at least 0", not_negative),
     "top_p": ("a number in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
     "top_k": ("an integer from 0 to 2**31 - 1", lambda x: (x >= 0) & (x < 2**31) & (x == np.floor(x))),
@@ -39,7 +40,7 @@ def check_count(name: str, value: int) -> int:
     return int(value)
 
 
-def check_tokens(name: str, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+def check_tokens(name: str, tokens: Sequence[Any] | np.ndarray) -> np.ndarray:
     """`tokens`, a possibly empty list of token ids, as int32 [T]; ValueError for anything else."""
     try:
         array = np.asarray(tokens)

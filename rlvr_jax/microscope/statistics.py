@@ -134,7 +134,7 @@ def bootstrap(
             size = min(_TOGETHER, resamples - start)
             drawn_RP = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(float)
             drawn.append(statistic(*(np.tensordot(drawn_RP, x, axes=1) for x in arrays)))
-    known = ~np.isnan(np.concatenate(without)).any(0) & (count > 1)
+    known = np.logical_and(~np.isnan(np.concatenate(without)).any(0), count > 1)
     resampled = np.concatenate(drawn)
     quantiles = [(1 - confidence) / 2, (1 + confidence) / 2]
     low, high = np.full(value.shape, np.nan), np.full(value.shape, np.nan)

@@ -110,7 +110,7 @@ def _over_heads(
         grouped = jnp.pad(q.reshape(q.shape[0], num_kv_heads, -1, q.shape[2]), ((0, 0), (0, 0), (0, extra), (0, 0)))
         q = grouped.reshape(q.shape[0], -1, q.shape[2])
     if copies > 1:
-        k, v = (_copied(layout.place(x, "kv_heads"), copies) for x in (k, v))
+        k, v = (jnp.asarray(_copied(layout.place(x, "kv_heads"), copies)) for x in (k, v))
     elsewhere = tuple(axis for axis in axes if axis not in layout.time)
 
     def exchanged(q: jax.Array, k: jax.Array, v: jax.Array, *segments: jax.Array) -> jax.Array:

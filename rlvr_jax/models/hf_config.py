@@ -7,7 +7,7 @@ the published models are full and which changes nothing is passed over.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlvr_jax.files import read_json
 
@@ -91,7 +91,7 @@ def read_fields(source: str | Path | Mapping[str, Any], max_positions: int | Non
         rope is not other
         and isinstance(other, Mapping)
         and other.get("rope_theta")
-        and not (rope | hf).get("rope_theta")
+        and not {**rope, **hf}.get("rope_theta")
     ):
         raise ValueError(
             f"{where}: rope_scaling beside rope_parameters, which alone has rope_theta; expected one object with all"
@@ -105,7 +105,7 @@ def read_fields(source: str | Path | Mapping[str, Any], max_positions: int | Non
         "num_kv_heads": _size(hf, "num_kv_heads", where, sizes["num_heads"]),
         "head_dim": _size(hf, "head_dim", where, head_dim),
         "rope_theta": _number(hf if rope.get("rope_theta") is None else rope, "rope_theta", where, 10_000.0),
-        "rope_scaling": parse_rope(rope | original, declared, where),
+        "rope_scaling": parse_rope({**rope, **original}, declared, where),
         "rms_norm_eps": _number(hf, "rms_norm_eps", where, 1e-6),
         "tie_word_embeddings": _flag(hf, "tie_word_embeddings", where),
         "qkv_bias": model_type == "qwen2",
@@ -126,12 +126,12 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
     return read_json(path), str(path)
 
 
-def is_size(value: Any, most: int) -> bool:
+def is_size(value: Any, most: int) -> TypeGuard[int]:
     """Whether a value is an integer from 1 to `most`; True is none."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
-def is_number(value: Any, low: float | int = 0, high: float | int = 1e30) -> bool:
+def is_number(value: Any, low: float | int = 0, high: float | int = 1e30) -> TypeGuard[float]:
     """Whether a value is a finite number from `low` to `high`; True is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
@@ -205,7 +205,7 @@ def _refuse_windows(hf: Mapping[str, Any], where: str, num_layers: int, max_posi
     if all(kind == "full_attention" for kind in types):
         return
     slides = all(kind in ("full_attention", "sliding_attention") for kind in types)
-    if slides and is_size(window, 1 << 62) and window >= max_positions:
+    if slides and window is not None and is_size(window, 1 << 62) and window >= max_positions:
         return
     raise ValueError(
         f"{where}: sliding-window attention is not supported (use_sliding_window={hf.get('use_sliding_window')!r}, "

@@ -271,7 +271,7 @@ def _to_heads(y: Array, w: Array, heads: str, head_dim: int, layout: Layout) -> 
 def _biased(y: Array, bias: Array) -> jax.Array:
     """`y + bias`, both in the dtype of `y`. The gradient of the bias, a sum over all tokens, is made in float32."""
     wide = jnp.promote_types(y.dtype, jnp.float32)
-    return (y.astype(wide) + bias.astype(y.dtype).astype(wide)).astype(y.dtype)
+    return jnp.asarray(y.astype(wide) + bias.astype(y.dtype).astype(wide), y.dtype)
 
 
 def _joined_qkv(p: LayerParams, y_BTD: Array, head_dim: int) -> list[jax.Array]:

@@ -94,8 +94,8 @@ def chunked_logprobs(
     options = {"chunk": int(chunk), "entropy": bool(entropy)}
     split = _split(hidden_BTD.shape[0])
     scored = _score(targets.counted(hidden_BTD), unembed_DV, targets.ids_BT, temperature, split=split, **options)
-    scored = tuple(targets.result(x_BT) for x_BT in scored)
-    return scored if entropy else scored[0]
+    logp_BT = targets.result(scored[0])
+    return (logp_BT, targets.result(scored[1])) if entropy else logp_BT
 
 
 class _Targets:
