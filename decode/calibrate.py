@@ -18,7 +18,7 @@ from decode.draw import Models, Wanted, draw
 from decode.inputs import Inputs
 from decode.parts import JsonLines, checksum
 from decode.progress import DecodeProgress
-from decode.results import read_json
+from decode.results import read_record
 from rlvr_jax.distributed import cluster
 from rlvr_jax.files import write_json
 from rlvr_jax.program import RunError
@@ -197,7 +197,7 @@ def _key(setting: Setting) -> tuple:
 def _read(folder: Path) -> dict[str, Any]:
     """Raises ValueError where the file is not what was written: another threshold would make another run."""
     path = folder / "calibration.json"
-    content = {"passes": [], "thresholds": []} | read_json(path)
+    content = {"passes": [], "thresholds": []} | read_record(path)
     known = content.pop("crc32", None)  # older files have none
     if known is not None and known != checksum(content):
         raise ValueError(

@@ -12,7 +12,7 @@ import tyro
 from decode.calibrate import known_thresholds
 from decode.config import Setting
 from decode.figure import Reference, draw
-from decode.results import CONTENT, RowLog, read_json
+from decode.results import CONTENT_OF, RowLog, read_record
 from decode.summary import (
     Outcome,
     alone,
@@ -104,7 +104,7 @@ def read(config: CompareConfig) -> Comparison:
     if not found:
         raise ValueError(f"{', '.join(map(str, folders))}: no setting has a finished problem yet")
     against = _against(config, found, notes)
-    return Comparison(config, found, against, read_json(folders[0] / "config.json")["problems"], notes)
+    return Comparison(config, found, against, read_record(folders[0] / "config.json")["problems"], notes)
 
 
 def run(comparison: Comparison) -> None:
@@ -143,7 +143,7 @@ def _check_folder(folder: Path) -> None:
     wanted = f"{folder}: expected a folder that `python -m decode` wrote"
     if not folder.is_dir():
         raise ValueError(f"{wanted}, and there is no such folder")
-    config = read_json(folder / "config.json")
+    config = read_record(folder / "config.json")
     if {"settings", "problems", "seeds", "n"} <= config.keys():
         return
     if "responses" in config and "findings" in config:
@@ -167,7 +167,8 @@ def _check_folder(folder: Path) -> None:
 
 def _check_problem_files(folders: Sequence[Path]) -> None:
     files = [
-        (read_json(f / "inputs.json").get("problem file"), read_json(f / "config.json")["problems"]) for f in folders
+        (read_record(f / "inputs.json").get("problem file"), read_record(f / "config.json")["problems"])
+        for f in folders
     ]
     for folder, (content, path) in zip(folders[1:], files[1:], strict=True):
         if content != files[0][0]:
@@ -179,11 +180,11 @@ def _check_problem_files(folders: Sequence[Path]) -> None:
 
 def _apart(folders: Sequence[Path], labels: Sequence[str]) -> list[str]:
     """What the runs do not share, beside their settings, that bears on their results."""
-    configs = [read_json(folder / "config.json") for folder in folders]
-    contents = [read_json(folder / "inputs.json") for folder in folders]
+    configs = [read_record(folder / "config.json") for folder in folders]
+    contents = [read_record(folder / "inputs.json") for folder in folders]
     notes = []
     for key in MATTERS:
-        values, known = [config.get(key) for config in configs], CONTENT.get(key, ())
+        values, known = [config.get(key) for config in configs], CONTENT_OF.get(key, ())
         if known and all(content.keys() >= set(known) for content in contents):  # wherever they lay
             differ = any(content[name] != contents[0][name] for content in contents for name in known)
         else:
@@ -208,14 +209,14 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, label: str, notes: list[str]) -> list[Found]:
-    config = read_json(folder / "config.json")
+    config = read_record(folder / "config.json")
     basis = {key: config.get(key) for key in MATTERS}
     order = {setting["name"]: place for place, setting in enumerate(config["settings"])}
     found = []
     # What an earlier command decoded in this folder counts too, after what the last one lists.
     files = sorted(folder.glob("*/setting.json"), key=lambda path: (order.get(path.parent.name, len(order)), path))
     for path in files:
-        setting = _setting(read_json(path))
+        setting = _setting(read_record(path))
         logs = [RowLog(path.parent / f"seed{seed}.rows.jsonl", repair=False) for seed in config["seeds"]]
         rows = [log.rows for log in logs]
         every = _problems(folder) or sorted({problem for log in rows for problem, _ in log})

@@ -28,7 +28,7 @@ from decode.draw import load
 from decode.inputs import check_vocabularies, model_folder, of_pair
 from decode.parts import part_names, read_part, write_part
 from decode.progress import DecodeProgress
-from decode.results import RowLog, check_same, with_whole_paths
+from decode.results import RowLog, require_same_decode, with_whole_paths
 from rlvr_jax.bounds import require
 from rlvr_jax.data.template_args import check_template_args
 from rlvr_jax.data.text import Tokenizer, decode_ids, load_tokenizer, token_pieces
@@ -102,7 +102,7 @@ def checked(config: DiagnoseConfig) -> Job:
         check_given(given, models)
         inputs["responses"] = fingerprint(given)
     with RunFolder(config.out).taken() as folder:
-        check_same(folder.local, with_whole_paths(config), FREE_TO_CHANGE, inputs)
+        require_same_decode(folder.local, with_whole_paths(config), FREE_TO_CHANGE, inputs)
         drawn = None if given is not None else decoding.check(_decode_config(config, folder.local / "decode"))
     return Job(config, folders, vocab_size, mesh, tokenizer, given, drawn, inputs, folder)
 

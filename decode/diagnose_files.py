@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from decode.results import RowLog, read_json
+from decode.results import RowLog, read_record
 from rlvr_jax.data.rows import read_rows
 from rlvr_jax.data.text import Tokenizer, render_chat
 from rlvr_jax.data.token_ids import unpack_ids
@@ -112,9 +112,11 @@ def read_file(path: Path, tokenizer: Tokenizer, template_arguments: Mapping[str,
 
 def _published(path: Path, content: list[Any]) -> Iterator[Read]:
     """`prompt, gt, generated_texts, accs` of each problem, as decoding runs and the paper's code write it."""
-    problems: Any = read_json(path.parent.parent / "problems.json") if re.fullmatch(r"seed\d+\.json", path.name) else {}
+    problems: Any = (
+        read_record(path.parent.parent / "problems.json") if re.fullmatch(r"seed\d+\.json", path.name) else {}
+    )
     indices = [p["index"] for p in problems] if isinstance(problems, list) and len(problems) == len(content) else None
-    setting = read_json(path.parent / "setting.json")
+    setting = read_record(path.parent / "setting.json")
     alone = setting.get("model") == "pair" and setting.get("criterion") == "none"
     source = setting.get("sample_from" if alone else "model", "given")
     tokens = _token_ids(path)

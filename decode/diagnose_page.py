@@ -10,7 +10,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from decode.diagnose_config import FindingsConfig, PageConfig
-from decode.results import read_json
+from decode.results import read_record
 from rlvr_jax.evaluation import bracketed
 from rlvr_jax.files import write_json
 from rlvr_jax.microscope import files
@@ -116,7 +116,7 @@ def _read(folders: Sequence[Path], tables: Sequence[TokenTable], places: Sequenc
 
 def _note(folder: Path, found: dict[str, Any], page: PageConfig, shown: int) -> str:
     """Which models, which responses, chosen how."""
-    config = read_json(folder / "config.json")
+    config = read_record(folder / "config.json")
     models = ""
     if {"base", "rl"} <= config.keys():
         models = " and ".join(_short(config[role]) for role in ("base", "rl")) + ". "

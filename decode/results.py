@@ -31,14 +31,14 @@ FREE_TO_CHANGE = (
     *("grader_workers", "grader_sandbox", "unsafe_evaluation"),
 )
 # Of inputs whose path may differ: the fingerprints that then must not.
-CONTENT = {
+CONTENT_OF = {
     "base": ("architecture of base", "weights of base"),
     "rl": ("architecture of rl", "weights of rl"),
     "tokenizer": ("chat template", "tokenizer files"),
     "problems": ("problem file",),
     "responses": ("responses",),  # of a diagnosis
 }
-RESULTS = ("*/seed*.rows.jsonl", "tokens.parquet", "parts/*.parquet")  # of a run or a diagnosis, in its folder
+RESULT_FILES = ("*/seed*.rows.jsonl", "tokens.parquet", "parts/*.parquet")  # of a run or a diagnosis, in its folder
 # Keys that the results of older versions lack, with the value that they stand for.
 YOUNGER = {"template_args": {}, "prompt_column": "", "answer_column": ""}
 MARKS = ("role", "control_of")  # say what a setting is there for; no response depends on them
@@ -219,9 +219,9 @@ def check_resume(folder: Path, config: DecodeConfig, inputs: dict[str, str]) -> 
       ValueError: naming the key or the input that differs; a config.json there that no decoding run wrote.
     """
     now = with_whole_paths(config)
-    check_same(folder, now, FREE_TO_CHANGE, inputs)
+    require_same_decode(folder, now, FREE_TO_CHANGE, inputs)
     for setting in now["settings"]:
-        earlier = read_json(folder / setting["name"] / "setting.json")
+        earlier = read_record(folder / setting["name"] / "setting.json")
         for key in sorted(earlier.keys() & setting.keys() - set(MARKS)):
             _same(folder / setting["name"], f"setting {setting['name']!r}, {key}", earlier[key], setting[key])
 
@@ -229,14 +229,14 @@ def check_resume(folder: Path, config: DecodeConfig, inputs: dict[str, str]) -> 
 def write_config(folder: Path, config: DecodeConfig, inputs: Inputs) -> None:
     """Saves the resolved configuration, the inputs' fingerprints, the problems and each setting beside the results."""
     write_json(folder / "config.json", with_whole_paths(config))
-    write_json(folder / "inputs.json", read_json(folder / "inputs.json") | inputs.fingerprints)
+    write_json(folder / "inputs.json", read_record(folder / "inputs.json") | inputs.fingerprints)
     problems = [{"index": p.index, "id": p.id, "answer": p.answer} for p in inputs.problems]
     write_json(folder / "problems.json", problems, indent=None)
     for setting in with_whole_paths(config)["settings"]:
         write_json(folder / setting["name"] / "setting.json", setting)
 
 
-def check_same(folder: Path, now: Mapping[str, Any], free: Collection[str], inputs: Mapping[str, str]) -> None:
+def require_same_decode(folder: Path, now: Mapping[str, Any], free: Collection[str], inputs: Mapping[str, str]) -> None:
     """Compares a start with what an earlier one left in `folder`; for diagnoses too.
 
     An input may have moved, where its content is known from then and now, and is the same.
@@ -252,7 +252,7 @@ def check_same(folder: Path, now: Mapping[str, Any], free: Collection[str], inpu
     """
     before = own_config(folder, now.keys() | {"grader"})  # which older versions called it
     if before is None:
-        if found := sorted(path for pattern in RESULTS for path in folder.glob(pattern)):
+        if found := sorted(path for pattern in RESULT_FILES for path in folder.glob(pattern)):
             raise ValueError(
                 f"out = {folder}: it holds results ({found[0].relative_to(folder)}), and no config.json says of which "
                 "run; give another --out"
@@ -260,10 +260,10 @@ def check_same(folder: Path, now: Mapping[str, Any], free: Collection[str], inpu
         before = {}
     else:
         before = YOUNGER | before
-    content = read_json(folder / "inputs.json")
-    moved = {key for key, names in CONTENT.items() if all(name in content and name in inputs for name in names)}
+    content = read_record(folder / "inputs.json")
+    moved = {key for key, names in CONTENT_OF.items() if all(name in content and name in inputs for name in names)}
     for key in sorted(before.keys() & now.keys() - set(free) - moved):
-        if not (key in CONTENT and _one_place(before[key], now[key])):
+        if not (key in CONTENT_OF and _one_place(before[key], now[key])):
             _same(folder, key, before[key], now[key])
     for name, value in content.items():
         if name in inputs and value != inputs[name]:
@@ -288,7 +288,7 @@ def _same(folder: Path, key: str, before: Any, now: Any) -> None:
 def with_whole_paths(config: Any) -> dict[str, Any]:
     """A configuration, of a diagnosis too, as JSON gives it back, the paths of its inputs absolute."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    for key in CONTENT.keys() & values.keys():
+    for key in CONTENT_OF.keys() & values.keys():
         given = values[key]
         values[key] = [_whole(path) for path in given] if isinstance(given, list) else _whole(given)
     return values
@@ -300,6 +300,6 @@ def _whole(path: str | None) -> str | None:
     return os.path.abspath(here) if here and os.path.exists(here) else path
 
 
-def read_json(path: Path) -> Any:
+def read_record(path: Path) -> Any:
     """What a JSON file holds, an empty object where there is no file. Raises ValueError naming the file."""
     return parse_json(path.read_bytes(), path) if path.exists() else {}

@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -11,10 +13,25 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 # Compiling is most of what the tests take, and half of that is LLVM's optimisation of loops that run for microseconds.
 # Said in the environment, for the programs that tests start too. The long checks optimise: see the Makefile.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# XLA's newer code for fused loops took half of the rest, up to jaxlib 0.10, where an older one can be chosen.
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
+import jax
 from jaxtyping import install_import_hook
 
 install_import_hook("rlvr_jax", "beartype.beartype")
+
+_MAPS = Path("/proc/self/maps")
+_MOST_MAPS = 20_000  # Linux lets a process have 65,530
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs():
+    """Forgets compiled programs when there are many: each holds maps of memory, and XLA crashes beyond their limit."""
+    yield
+    if _MAPS.exists() and _MAPS.read_text().count("\n") > _MOST_MAPS:
+        jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items):

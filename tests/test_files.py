@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from decode.parts import JsonLines
-from decode.results import read_json
+from decode.results import read_record
 from rlvr_jax.files import json_bytes, valid_text, write_json
 from rlvr_jax.microscope.files import RESPONSE_SCHEMA, Response, write_responses
 from train.metrics import MetricLog, write_jsonl
@@ -43,9 +43,9 @@ def test_metrics_and_responses_hold_any_text(tmp_path):
 
 def test_json_of_a_run_is_read_whatever_its_first_bytes(tmp_path):
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
-    assert read_json(tmp_path / "a.json") == {"a": 1}
-    assert read_json(tmp_path / "absent.json") == {}
+    assert read_record(tmp_path / "a.json") == {"a": 1}
+    assert read_record(tmp_path / "absent.json") == {}
     for content in (b"{", b"\xff\xfe{", b"[" * 100_000):
         (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.json: not"):
-            read_json(tmp_path / "a.json")
+            read_record(tmp_path / "a.json")

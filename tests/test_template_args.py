@@ -11,7 +11,7 @@ from decode.config import DecodeConfig, Setting
 from decode.diagnose_config import DiagnoseConfig
 from decode.diagnose_inputs import read_given
 from decode.inputs import read_inputs
-from decode.results import check_same, with_whole_paths
+from decode.results import require_same_decode, with_whole_paths
 from rlvr_jax.data.template_args import check_template_args, parse_template_args
 from rlvr_jax.data.text import load_tokenizer
 from rlvr_jax.files import write_json
@@ -128,9 +128,9 @@ def test_decoding_and_diagnosis(place, tmp_path):
     before = with_whole_paths(config)
     for saved in (before, {key: value for key, value in before.items() if key != "template_args"}):
         write_json(tmp_path / "config.json", saved)
-        check_same(tmp_path, with_whole_paths(config), (), {})
+        require_same_decode(tmp_path, with_whole_paths(config), (), {})
         with pytest.raises(ValueError, match="template_args"):
-            check_same(tmp_path, with_whole_paths(given), (), {})
+            require_same_decode(tmp_path, with_whole_paths(given), (), {})
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"messages": [{"role": "user", "content": "0+0"}], "response": "0"}) + "\n")
     (one,) = read_given([str(rows)], load_tokenizer(place / "model"), enable_thinking=False)

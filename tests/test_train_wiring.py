@@ -319,8 +319,10 @@ def test_an_sft_step_is_the_written_formula(tmp_path):
         sft.check(dataclasses.replace(config, steps=2))
 
 
-def test_sft_ends_for_an_update_that_was_not_finite_between_records(tmp_path, monkeypatch):
-    job = sft.check(sft_config(tmp_path, steps=3, log_every=3, run_dir=str(tmp_path / "bad")))
+@pytest.mark.parametrize(("save_every", "found_at"), [(0, 3), (2, 2)], ids=["at the record", "at the checkpoint"])
+def test_sft_ends_for_an_update_that_was_not_finite_between_records(tmp_path, monkeypatch, save_every, found_at):
+    checkpoint = sft.CheckpointConfig(every=save_every)
+    job = sft.check(sft_config(tmp_path, steps=3, log_every=3, run_dir=str(tmp_path / "bad"), checkpoint=checkpoint))
     batches = prompt_batches(range(10), 8, 0)
     marks = [sum(int(job.conversations[i].tokens.sum()) for i in next(batches)) for _ in range(3)]
     assert len(set(marks)) == 3
@@ -334,8 +336,9 @@ def test_sft_ends_for_an_update_that_was_not_finite_between_records(tmp_path, mo
         return loss
 
     monkeypatch.setattr(sft, "make_loss", broken)
-    with pytest.raises(RunError, match=r"step 3: .* not finite in 1 steps since the last record \(loss now \d"):
+    with pytest.raises(RunError, match=rf"step {found_at}: .* not finite in 1 of the steps so far"):
         sft.run(job)
+    assert not list((tmp_path / "bad" / "checkpoints").glob("[0-9]*"))  # nothing to resume from that has lost a step
 
 
 @pytest.mark.parametrize(("every", "expected"), [(0, [0, 5]), (1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (7, [0, 5])])

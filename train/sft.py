@@ -293,9 +293,13 @@ def run(job: SFTJob) -> None:
         if done:
             display.line(f"resumed {config.run_dir} after step {done}")
         display.phase("update")
-        skipped_before = done - int(state.step)
+
+        def require_finite(step: int) -> None:
+            if skipped := step - int(state.step):
+                raise RunError(f"step {step}: the loss or its gradient was not finite in {skipped} of the steps so far")
 
         def save(step: int) -> None:
+            require_finite(step)
             job.folder.sync()  # before the checkpoint that counts on it
             checkpoints.save(step, state, host={"config": job.record, "data": batches.get_state()})
 
@@ -319,12 +323,8 @@ def run(job: SFTJob) -> None:
             tokens, computed = tokens + int((rows.segments > 0).sum()), computed + rows.segments.size
             last = number + 1 == job.steps
             if last or (number + 1) % config.log_every == 0:
+                require_finite(number + 1)
                 made = {name: float(x) for name, x in to_host(made).items()}
-                if skipped := number + 1 - int(state.step) - skipped_before:
-                    raise RunError(
-                        f"step {number + 1}: the loss or its gradient was not finite in {skipped} steps since the last "
-                        f"record (loss now {made['loss']})"
-                    )
                 seconds = time.monotonic() - start
                 numbers = {
                     "trainer_steps": number + 1,
