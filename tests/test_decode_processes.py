@@ -18,7 +18,7 @@ from test_train_processes import ROOT, TIMEOUT_S, ended, finished
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import PREEMPTED
 from rlvr_jax.watch import PEER_LOST
-from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokenizer, write_tiny_problems
+from tests.tiny import devices, tiny_checkpoint, tiny_config, tiny_tokenizer, write_tiny_problems
 
 DEVICES = 4
 # Runs a program. The process of a number sends itself a signal when it has named a phase that begins so N times.
@@ -66,11 +66,7 @@ def start(module, processes, flags, disturbed=("-1", "none", "0", "0")):
         if processes > 1:
             here += ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", str(processes)]
             here += ["--distributed.process", str(index), "--distributed.timeout-s", str(TIMEOUT_S)]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
-        }
+        environment = os.environ | devices(DEVICES // processes) | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", DISTURBED, module, *map(str, disturbed), *here]
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         begun.append(subprocess.Popen(command, cwd=ROOT, env=environment, **streams))

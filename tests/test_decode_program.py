@@ -26,7 +26,7 @@ from rlvr_jax.generation import language_model
 from rlvr_jax.lock import FolderInUse
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import run_program
-from tests.tiny import tiny_checkpoint, write_tiny_problems
+from tests.tiny import devices, tiny_checkpoint, write_tiny_problems
 
 DELTA = Setting("delta", "pair", "delta_logp", tau=-3.0, gamma=0.5, top_p=1.0)
 RL = Setting("rl", "rl")
@@ -189,7 +189,7 @@ def test_a_half_written_batch_is_done_again(done, tmp_path):
 def test_killed_at_any_moment_and_resumed(job, tmp_path):
     write_tiny_problems(tmp_path / "problems.jsonl", 40)
     job = dataclasses.replace(job, problems=str(tmp_path / "problems.jsonl"), settings=(RL, DELTA))
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    environment = os.environ | devices(1) | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
     def start(out: str) -> subprocess.Popen:

@@ -359,6 +359,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("127.0.0.1:{port}", 2, int(sys.argv[1]))
 from rlvr_jax.models.hf import load_hf, save_hf
 from rlvr_jax.sharding import make_mesh
+from tests.tiny import devices
 config, params = load_hf({str(tmp_path / "m")!r}, dtype=jnp.float32, mesh=make_mesh(1, 2, 2))
 here = sum(s.data.nbytes for s in params["layers"]["q_proj"].addressable_shards)
 print("part", here / params["layers"]["q_proj"].nbytes)
@@ -368,7 +369,7 @@ try:
 except FileExistsError as error:
     print("refused", error)
 """
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = os.environ | devices(2)
     runs = [
         subprocess.Popen([sys.executable, "-c", program, str(i)], env=env, stdout=subprocess.PIPE, text=True)
         for i in range(2)

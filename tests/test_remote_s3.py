@@ -19,7 +19,7 @@ from test_train_program import arguments, without_times
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.program import PREEMPTED
 from rlvr_jax.remote import fetch, listing
-from tests.tiny import tiny_checkpoint, write_tiny_problems
+from tests.tiny import devices, tiny_checkpoint, write_tiny_problems
 
 pytest.importorskip("moto", reason="needs moto[server,s3] and s3fs")
 pytest.importorskip("s3fs", reason="needs moto[server,s3] and s3fs")
@@ -66,10 +66,7 @@ def start(place, run_dir, machine, disturbed=("-1", "none", "0", "0"), index=0, 
     if processes > 1:
         flags += ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", str(processes)]
         flags += ["--distributed.process", str(index), "--distributed.timeout-s", "6"]
-    environment = os.environ | {
-        **{"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "RLVR_JAX_CACHE": str(machine)},
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
-    }
+    environment = os.environ | devices(4 // processes) | {"PYTHONPATH": str(ROOT), "RLVR_JAX_CACHE": str(machine)}
     command = [sys.executable, "-c", DISTURBED, *map(str, disturbed), *flags]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 

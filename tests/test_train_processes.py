@@ -18,7 +18,7 @@ from test_train_program import arguments, rows_of
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import PREEMPTED, RUN_ERROR
 from rlvr_jax.watch import PEER_LOST
-from tests.tiny import tiny_checkpoint, write_tiny_problems
+from tests.tiny import devices, tiny_checkpoint, write_tiny_problems
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 4
@@ -66,11 +66,7 @@ def start(place, run_dir, processes, disturbed=("-1", "none", "0", "0"), **chang
         if processes > 1:
             flags += ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", str(processes)]
             flags += ["--distributed.process", str(index), "--distributed.timeout-s", str(TIMEOUT_S)]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
-        }
+        environment = os.environ | devices(DEVICES // processes) | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", DISTURBED, *map(str, disturbed), *flags]
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         begun.append(subprocess.Popen(command, cwd=ROOT, env=environment, **streams))
@@ -222,8 +218,7 @@ def test_a_process_with_other_data_is_refused(place):
     begun[1].wait()
     flags = list(begun[1].args)
     flags[flags.index("--data.train") + 1] = str(place / "val.jsonl")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // 2}"
+    environment = os.environ | devices(DEVICES // 2) | {"PYTHONPATH": str(ROOT)}
     begun[1] = subprocess.Popen(flags, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     said = ended(begun)
     assert all(code in (2, PEER_LOST) for code, _ in said)

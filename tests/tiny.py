@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+def devices(count: int) -> dict[str, str]:
+    """The environment of a program on so many simulated CPU devices, compiled as the tests are."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"  # the last one counts
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def tiny_config(model_type: str = "qwen3", **overrides) -> QwenConfig:
