@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_train_inputs import arguments
 
-from decode.results import CONTENT
+from decode.results import CONTENT_OF
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.distributed import Cluster
 from rlvr_jax.fingerprint import BLOCK_BYTES, BLOCKS, of_tokenizer, of_weights
@@ -288,4 +288,4 @@ def test_one_matrix_of_a_large_file_counts(tmp_path):
 def test_a_tokenizer_on_the_hub_counts_by_its_name_and_template(tmp_path):
     """It has no files here, so nothing may say that two of them are the same."""
     assert of_tokenizer("t", tmp_path / "owner" / "name").keys() == of_tokenizer("t", None).keys() == {"chat template"}
-    assert of_tokenizer("t", tmp_path).keys() == set(CONTENT["tokenizer"])
+    assert of_tokenizer("t", tmp_path).keys() == set(CONTENT_OF["tokenizer"])

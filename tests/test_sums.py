@@ -194,14 +194,23 @@ def test_the_update_in_bfloat16_is_the_float32_one_with_and_without_a_mesh():
     rng = np.random.default_rng(0)
     tokens = np.minimum(rng.zipf(1.5, size=(8, 512)), 47).astype(np.int32)
     gradient, params = dapo_gradient(AlgorithmConfig(), tokens=tokens, dtype="float32")
-    exact = jax.jit(gradient)(params)
+    exact = jax.device_get(jax.jit(gradient)(params))
     gradient, _ = dapo_gradient(AlgorithmConfig(), tokens=tokens)
-    alone = jax.jit(gradient)(params)
-    mesh, rules = make_mesh(2, 2, 2), ShardingRules()
-    place = lambda x, axes: jax.device_put(x, rules.sharding(mesh, axes, x.shape))  # noqa: E731
-    with jax.set_mesh(mesh):
-        meshed = jax.jit(gradient)(jax.tree.map(place, params, param_axes(tiny_config("qwen2", num_layers=1))))
-    for got, other, most in ((alone, exact, 0.1), (meshed, alone, 0.01)):
-        error = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), *jax.device_get((got, other)))
-        assert max(jax.tree.leaves(error)) < most, error
-        assert error["embed"] < 0.05
+    alone = jax.device_get(jax.jit(gradient)(params))
+
+    def meshed(*axes):
+        mesh, rules = make_mesh(*axes), ShardingRules()
+        place = lambda x, names: jax.device_put(x, rules.sharding(mesh, names, x.shape))  # noqa: E731
+        with jax.set_mesh(mesh):
+            placed = jax.tree.map(place, params, param_axes(tiny_config("qwen2", num_layers=1)))
+            return jax.device_get(jax.jit(gradient)(placed))
+
+    def errors(got, expected):
+        found = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), got, expected)
+        assert max(jax.tree.leaves(found)) < 0.1, found
+        assert found["embed"] < 0.05
+        return np.array(jax.tree.leaves(found))
+
+    assert errors(meshed(4, 2, 1), alone).max() < 0.01
+    # Split over "tensor", products are rounded in other places, and in fewer of them on jax 0.12.
+    assert (errors(meshed(2, 2, 2), exact) < 1.1 * errors(alone, exact)).all()
