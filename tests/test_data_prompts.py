@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
-from test_data_text import make_tokenizer
 
 from rlvr_jax.data.problems import Problem
 from rlvr_jax.data.prompts import PromptSet, prompt_batches, tokenize_prompts
 from rlvr_jax.data.text import encode_chat
+from tests.test_data_text import make_tokenizer
 
 
 @pytest.fixture(scope="module")

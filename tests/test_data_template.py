@@ -8,11 +8,11 @@ import signal
 import time
 
 import pytest
-from test_data_text import make_tokenizer, user
-from test_models_hostile import mutated, refusal
 
 from rlvr_jax.data import template
 from rlvr_jax.data.text import encode_text, load_tokenizer, render_chat
+from tests.test_data_text import make_tokenizer, user
+from tests.test_models_hostile import mutated, refusal
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 # What published templates use: loops, slices, namespaces, tools as JSON, macros, the arguments of transformers.

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_train_processes import ROOT, TIMEOUT_S, ended, finished
 
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import PREEMPTED
 from rlvr_jax.watch import PEER_LOST
+from tests.runs import ROOT
+from tests.test_train_processes import TIMEOUT_S, ended, finished
 from tests.tiny import devices, tiny_checkpoint, tiny_config, tiny_tokenizer, write_tiny_problems
 
 DEVICES = 4

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from rich.console import Console
-from test_train_program import ROOT, arguments
-from test_train_wiring import Recorder, problems
 
 from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.models.config import QwenConfig
@@ -25,7 +23,9 @@ from rlvr_jax.planning.models import PUBLISHED
 from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded
 from rlvr_jax.sharding import MESH_AXES
-from tests.tiny import tiny_checkpoint, tiny_config, write_tiny_problems
+from tests.runs import ROOT, arguments, write_inputs
+from tests.test_train_wiring import Recorder, problems
+from tests.tiny import tiny_config
 from train import budget
 from train import config as c
 from train.dapo import scalars
@@ -236,9 +236,7 @@ def test_the_estimate_against_the_compiler_of_this_cpu(remat):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("dry")
-    tiny_checkpoint(path / "model")
-    write_tiny_problems(path / "train.jsonl", 40)
-    write_tiny_problems(path / "val.jsonl", 8)
+    write_inputs(path)
     return path
 
 

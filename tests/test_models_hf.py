@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from parity.variants import VARIANTS, shapes, weights
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -21,6 +20,7 @@ from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf, save_hf
 from rlvr_jax.models.qwen import ParamSpec, param_specs
 from rlvr_jax.sharding import ShardingRules, make_mesh
+from tests.parity.variants import VARIANTS, shapes, weights
 
 QWEN2, QWEN3 = QwenConfig.from_hf(VARIANTS["qwen2_tied"]), QwenConfig.from_hf(VARIANTS["qwen3_untied_yarn"])
 

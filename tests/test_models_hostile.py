@@ -9,12 +9,12 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models_config import QWEN3_8B
-from test_models_hf import write_folder
 
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.tensorfile import read_header
+from tests.test_models_config import QWEN3_8B
+from tests.test_models_hf import write_folder
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 VALUES = (

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity.variants import PROMPT, STEPS, VARIANTS, inputs
 
 from rlvr_jax.generation import generate
 from rlvr_jax.models import hf, layers, qwen
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf_names import checkpoint_slots
+from tests.parity.variants import PROMPT, STEPS, VARIANTS, inputs
 
 pytestmark = pytest.mark.parity
 variants = pytest.mark.parametrize("name", list(VARIANTS))

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity.variants import PROMPT, STEPS, VARIANTS, inputs, weights
 from safetensors.numpy import save_file
 
 from rlvr_jax.models import hf, qwen
 from rlvr_jax.models.cache import init_cache
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf_names import checkpoint_slots
+from tests.parity.variants import PROMPT, STEPS, VARIANTS, inputs, weights
 
 STORED = Path(__file__).parent / "parity"
 variants = pytest.mark.parametrize("name", list(VARIANTS))

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from parity.variants import weights
 from safetensors.numpy import save_file
-from test_models_config import CARD_YARN, QWEN3_8B, QWEN25_MATH_7B
-from test_models_hf import assert_same_bits, write_folder
 
 from rlvr_jax.models.config import QwenConfig, YarnConfig
 from rlvr_jax.models.hf import load_hf
+from tests.parity.variants import weights
+from tests.test_models_config import CARD_YARN, QWEN3_8B, QWEN25_MATH_7B
+from tests.test_models_hf import assert_same_bits, write_folder
 
 TIED = "qwen2_tied"
 EMBED = "model.embed_tokens.weight"

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from test_train_program import ROOT, arguments, rows_of
-from test_train_seeing import follow
 
+from tests.runs import ROOT, arguments, rows_of
+from tests.test_train_seeing import follow
 from tests.tiny import tiny_checkpoint
 from train.loop import run
 from train.prepare import prepare

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from test_checkpoint import a_state, bits
-from test_train_processes import DISTURBED, ROOT, assert_same_run
-from test_train_program import arguments, without_times
 
 from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.program import PREEMPTED
 from rlvr_jax.remote import fetch, listing
-from tests.tiny import devices, tiny_checkpoint, write_tiny_problems
+from tests.runs import ROOT, arguments, without_times, write_inputs
+from tests.test_checkpoint import a_state, bits
+from tests.test_train_processes import DISTURBED, assert_same_run
+from tests.tiny import devices
 
 pytest.importorskip("moto", reason="needs moto[server,s3] and s3fs")
 pytest.importorskip("s3fs", reason="needs moto[server,s3] and s3fs")
@@ -48,9 +48,7 @@ def bucket(tmp_path_factory):
         store = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True)
         store.mkdir("bucket")
         place = tmp_path_factory.mktemp("inputs")
-        tiny_checkpoint(place / "model", num_layers=1)
-        write_tiny_problems(place / "train.jsonl", 40)
-        write_tiny_problems(place / "val.jsonl", 8)
+        write_inputs(place, num_layers=1)
         store.put(f"{place}/", "bucket/in/", recursive=True)
         yield store, place
     finally:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_train_inputs import arguments
 
 from decode.results import CONTENT_OF
 from rlvr_jax.checkpoint import Checkpoints
@@ -19,7 +18,8 @@ from rlvr_jax.distributed import Cluster
 from rlvr_jax.fingerprint import BLOCK_BYTES, BLOCKS, of_tokenizer, of_weights
 from rlvr_jax.lock import FolderInUse, lock
 from rlvr_jax.run_folder import RunFolder
-from tests.tiny import tiny_checkpoint, tiny_tokenizer, write_tiny_problems
+from tests.runs import arguments, write_inputs
+from tests.tiny import tiny_tokenizer, write_tiny_problems
 from train import sft
 from train.examine import examine
 from train.prepare import check, configuration, prepare
@@ -30,9 +30,7 @@ from train.same_run import record_of, require_same_run, write_record
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("same")
-    tiny_checkpoint(path / "model", hidden_size=16, num_layers=1)
-    write_tiny_problems(path / "train.jsonl", 40)
-    write_tiny_problems(path / "val.jsonl", 8)
+    write_inputs(path, hidden_size=16, num_layers=1)
     (path / "rows.jsonl").write_text("".join(f'{{"prompt": "{i}+1", "response": "{i + 1}"}}\n' for i in range(8)))
     return path
 

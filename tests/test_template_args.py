@@ -5,7 +5,6 @@ import json
 import logging
 
 import pytest
-from test_train_inputs import arguments
 
 from decode.config import DecodeConfig, Setting
 from decode.diagnose_config import DiagnoseConfig
@@ -16,6 +15,7 @@ from rlvr_jax.data.template_args import check_template_args, parse_template_args
 from rlvr_jax.data.text import load_tokenizer
 from rlvr_jax.files import write_json
 from rlvr_jax.program import parse_config
+from tests.runs import arguments
 from tests.tiny import CHAT_TEMPLATE, tiny_checkpoint, write_tiny_problems
 from train import sft
 from train.config import MAY_CHANGE, Config

@@ -6,9 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from test_train_program import ROOT, arguments
 
-from tests.tiny import tiny_checkpoint, write_tiny_problems
+from tests.runs import ROOT, arguments, write_inputs
 from train import config as c
 from train.prepare import check_values, prepare
 
@@ -16,9 +15,7 @@ from train.prepare import check_values, prepare
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("inputs")
-    tiny_checkpoint(path / "model")
-    write_tiny_problems(path / "train.jsonl", 40)
-    write_tiny_problems(path / "val.jsonl", 8)
+    write_inputs(path)
     return path
 
 

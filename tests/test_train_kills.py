@@ -10,21 +10,19 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import jax
 import pytest
-from test_train_program import arguments, final_state, rows_of, train, without_times
 
 from rlvr_jax.program import PREEMPTED, Preempted, run_program
 from rlvr_jax.sharding import make_mesh
-from tests.tiny import compiled_once, tiny_checkpoint, write_tiny_problems
+from tests.runs import ROOT, arguments, final_state, rows_of, train, without_times, write_inputs
+from tests.tiny import compiled_once
 from train import loop
 from train.loop import run
 from train.prepare import prepare
 
-ROOT = Path(__file__).parent.parent
 OTHER = {"rollout.max_response": 12}  # shapes of its own: other tests count what is compiled
 PHASES = ("rollout", "grade", "score", "update", "log", "save", "eval")
 # Of files, by a part of their path: the place where a killed process leaves half of one.
@@ -68,9 +66,7 @@ sys.exit(run_program(prepare, run))
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("kills")
-    tiny_checkpoint(path / "model")
-    write_tiny_problems(path / "train.jsonl", 40)
-    write_tiny_problems(path / "val.jsonl", 8)
+    write_inputs(path)
     with compiled_once(path / "cache"):
         yield path
 

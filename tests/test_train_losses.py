@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train_wiring import MODEL, N, P, R, full_logprobs, groups, one_device, trainer
 
 from rlvr_jax.models.qwen import init_params
+from tests.test_train_wiring import MODEL, N, P, R, full_logprobs, groups, one_device, trainer
 from train import config as c
 from train.dapo import make_loss, scalars
 

@@ -7,20 +7,18 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train_program import arguments, rows_of
 
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import PREEMPTED, RUN_ERROR
 from rlvr_jax.watch import PEER_LOST
-from tests.tiny import devices, tiny_checkpoint, write_tiny_problems
+from tests.runs import ROOT, arguments, rows_of, write_inputs
+from tests.tiny import devices
 
-ROOT = Path(__file__).parent.parent
 DEVICES = 4
 TIMEOUT_S = 6.0
 # Runs the training program. In the process of a number, when a phase of a name begins for the N-th time: a signal, or
@@ -48,9 +46,7 @@ sys.exit(run_program(prepare, run))
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("processes")
-    tiny_checkpoint(path / "model", num_layers=1)
-    write_tiny_problems(path / "train.jsonl", 40)
-    write_tiny_problems(path / "val.jsonl", 8)
+    write_inputs(path, num_layers=1)
     return path
 
 

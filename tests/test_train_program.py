@@ -3,17 +3,14 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pyarrow.parquet as pq
 import pytest
 
 from decode.diagnose_inputs import read_given
-from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.text import load_tokenizer
 from rlvr_jax.data.token_ids import unpack_ids
 from rlvr_jax.microscope import files
@@ -22,13 +19,13 @@ from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import hidden_states, logits
 from rlvr_jax.program import run_program
 from rlvr_jax.training import with_learning_rate
-from tests.tiny import compiled_once, tiny_checkpoint, write_tiny_problems
+from tests.runs import ROOT, arguments, final_state, rows_of, train, without_times, write_inputs
+from tests.tiny import compiled_once, write_tiny_problems
 from tests.tiny_rules import marks
 from train.loop import run
 from train.metrics import MetricLog
 from train.prepare import prepare
 
-ROOT = Path(__file__).parent.parent
 LOOKS = {"log__microscope_every": 2, "log__microscope_responses": 5}
 COMPILE = "/jax/core/compile/backend_compile_duration"
 
@@ -36,68 +33,9 @@ COMPILE = "/jax/core/compile/backend_compile_duration"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     path = tmp_path_factory.mktemp("train")
-    tiny_checkpoint(path / "model")
-    write_tiny_problems(path / "train.jsonl", 40)
-    write_tiny_problems(path / "val.jsonl", 8)
+    write_inputs(path)
     with compiled_once(path / "cache"):
         yield path
-
-
-def arguments(place, run_dir, **changes):
-    values = {
-        "run_dir": run_dir,
-        "steps": 4,
-        "epochs": 20,
-        "model.path": place / "model",
-        "data.train": place / "train.jsonl",
-        "data.val": place / "val.jsonl",
-        "rollout.n": 4,
-        "rollout.generation_batch": 8,
-        "rollout.max_response": 16,
-        "rollout.chunk": 8,
-        "reward.rule": "tests.tiny_rules:contains",
-        "reward.workers": 1,
-        "reward.overlong_buffer": 8,
-        "algorithm.reweight.kind": "low_prob",
-        "algorithm.train_batch": 4,
-        "algorithm.mini_batch": 2,
-        "optim.lr": 3e-3,
-        "optim.warmup": 2,
-        "eval.every": 2,
-        "eval.n": 4,
-        "checkpoint.every": 1,
-    } | {name.replace("__", "."): value for name, value in changes.items()}
-    flags = []
-    for name, value in values.items():
-        group, dot, last = name.replace("_", "-").rpartition(".")
-        said = [] if isinstance(value, bool) else [str(value)]
-        flags += [f"--{group}{dot}{'no-' if value is False else ''}{last}", *said]
-    return flags
-
-
-def train(place, run_dir, **changes):
-    run(prepare(arguments(place, run_dir, **changes)))
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def without_times(records):
-    """Records without what no two runs share: seconds, speed, memory."""
-    return [{k: v for k, v in r.items() if not re.match("seconds|rollout_tokens_per_s|.*_memory_", k)} for r in records]
-
-
-def final_state(run_dir, step):
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        assert checkpoints.latest == step
-        host = checkpoints.host(step)
-    leaves = {}
-    tree = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(step) / "state")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        leaves[jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
-    return leaves, host
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_train_program import arguments
 
 import train.sft as sft
 from rlvr_jax.data.problems import Problem
@@ -22,6 +21,7 @@ from rlvr_jax.models.qwen import hidden_states, init_params, logits
 from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded
 from rlvr_jax.sharding import make_mesh
+from tests.runs import arguments
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokenizer, write_tiny_problems
 from train import config as c
 from train.evaluate import evaluate

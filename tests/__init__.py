@@ -1,0 +1,1 @@
+"""Tests. `python -m pytest` from the root runs them; helpers are imported as `tests.name`."""
