@@ -91,6 +91,17 @@ def _forward(config, params, tokens_BT):
     return Qwen(config).apply({"params": params}, tokens_BT)
 
 
+def assert_same(first, second, atol: float = 1e-5) -> None:
+    """Two trees of arrays of the same dtypes: equal, floats to `atol`."""
+    for (path, a), b in zip(jax.tree.leaves_with_path(first), jax.tree.leaves(second), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype, path
+        if a.dtype.kind == "f":
+            np.testing.assert_allclose(a, b, atol=atol, err_msg=str(path))
+        else:
+            np.testing.assert_array_equal(a, b, err_msg=str(path))
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return p / p.sum(axis=-1, keepdims=True)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_tools import chi_square, softmax, tiny_qwen, toy_logits, toy_model, toy_params
 
 from rlvr_jax.decoding.batch import make_queue
 from rlvr_jax.decoding.blocks import BlockChoice, block_cost, expected_tokens
@@ -15,6 +14,7 @@ from rlvr_jax.decoding.selective import decode_selective, make_rule
 from rlvr_jax.direction import CRITERIA, extrapolate
 from rlvr_jax.generation import generate_selective, language_model
 from rlvr_jax.sharding import make_mesh
+from tests.decoding_tools import chi_square, softmax, tiny_qwen, toy_logits, toy_model, toy_params
 
 MODELS = (toy_model(),) * 2
 SAME = ("tokens", "lengths", "finished", "invalid", "fired", "sampled_token")

@@ -71,7 +71,7 @@ def nonsense(declared: Any):
         mark, plain = mark_of(kind, marks), typing.get_origin(kind) or kind
         if isinstance(mark, Range):
             yield from ((value, False) for value in (-(2**40), 2**40, math.nan, math.inf, -math.inf, 1e30, True, "1"))
-            yield (-1 if kind is int else -1.0), mark.least < 0 or -1 in mark.also
+            yield from ((kind(value), mark.allows(value)) for value in (-1, 0))  # which fields do is listed below
         elif isinstance(mark, Text):
             yield from (("", mark.empty), ("a\0b", False), (7, False))
         elif isinstance(mark, Several):
@@ -112,11 +112,12 @@ def accepting(value: Any) -> set[str]:
     }
 
 
-def test_what_means_something_all_the_same_is_known():
-    """A field that joins one of these lists is a decision."""
+def test_the_fields_in_which_odd_values_mean_something():
+    """-1, 0, an empty text and an empty or repeated tuple. Nobody adds a field to these lists by accident."""
     mesh = {f"mesh.{axis}" for axis in ("data", "fsdp", "sequence", "tensor")}
     assert accepting(-1) == mesh | {"algorithm.reweight.alpha", "setting.tau", "setting.gamma"}
     assert accepting((-1.0,)) == {"grid.gammas"}
+    assert accepting(0) == {}
     columns = {"prompt_column", "answer_column", "prompt_suffix"}
     assert accepting("") == columns | {f"data.{name}" for name in columns} | {
         *("model", "init_config", "tokenizer"),  # of train.sft: one of the first two
@@ -156,6 +157,25 @@ def test_right_values_at_the_edges_stay(program, values):
     for key, accepted in values.items():
         for value in accepted:
             assert list(faults(changed(GOOD[program], tuple(key.split(".")), value))) == [], (key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rollout.temperature", 0.0009),
+        ("algorithm.clip_low", 1.0),  # no lower bound, for loss cispo alone
+        ("algorithm.clip_low", 1.0001),
+        ("algorithm.clip_dual", 1.0),
+        ("data.max_prompt", 2**24 + 1),
+        ("optim.b1", 1.0),
+        ("optim.lr", 10.01),
+        ("seed", 2**31),
+        ("reward.timeout_s", 86_401.0),
+    ],
+)
+def test_wrong_values_at_the_edges_are_refused(key, value):
+    (fault,) = prepare.value_faults(changed(GOOD["train"], tuple(key.split(".")), value))
+    assert fault.sentence.startswith(f"{key}={value}: expected ")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)

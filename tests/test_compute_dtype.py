@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_tools import tiny_qwen
 
 from rlvr_jax import Qwen, chunked_logprobs, delta_logp, generate, generate_selective, token_logprobs
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.qwen import hidden_states, unembedding
 from rlvr_jax.scoring import criterion_values
+from tests.decoding_tools import tiny_qwen
 
 PROMPT = [1, 2, 3]
 NEW = 10
@@ -51,7 +51,7 @@ def test_sampler_and_trainer_see_the_same_numbers(dtype):
     np.testing.assert_allclose(scored, delta, atol=4e-5)
 
 
-def test_the_rule_itself(monkeypatch):
+def test_bfloat16_computes_in_float32_but_on_a_tpu_and_a_given_dtype_wins(monkeypatch):
     config, params = stored_as("bfloat16", 0)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     given = dataclasses.replace(config, dtype="float16")

@@ -161,11 +161,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     [
         ({"answer": "1"}, "no 'prompt', 'problem', 'question' or 'messages'"),
         ({"problem": "x"}, "no 'reward_model.ground_truth', 'answer', 'ground_truth' or 'solution'"),
-        ({"problem": "x", "answer": "  "}, "'answer' = '  '"),
-        ({"problem": "x", "answer": True}, "'answer' = True"),
-        ({"problem": "x", "answer": ["1"]}, r"'answer' = \['1'\]"),
         ({"problem": "x", "reward_model": "1"}, "'reward_model' = '1'"),
-        ({"problem": "x", "reward_model": {"ground_truth": [1]}}, "'reward_model.ground_truth'"),
         ({"prompt": [], "answer": "1"}, "at least one"),
         ({"prompt": [{"role": "user"}], "answer": "1"}, r"'prompt'\[0\]\['content'\] = None"),
         ({"prompt": {"role": "user"}, "answer": "1"}, "expected a list"),

@@ -68,7 +68,7 @@ def test_conversations_of_several_files(tmp_path):
         ("hf://models/a/b", "expected hf://datasets/OWNER/NAME"),
     ],
 )
-def test_nothing_there(tmp_path, monkeypatch, source, part):
+def test_a_source_without_files_is_named(tmp_path, monkeypatch, source, part):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=part):

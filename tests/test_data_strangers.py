@@ -17,18 +17,10 @@ from rlvr_jax.data import rows as rows_module
 from rlvr_jax.data.problems import read_problems, write_problems
 from rlvr_jax.data.rows import brief
 from rlvr_jax.data.sft import read_conversations
+from tests.mutations import refusal
 from tests.test_data_problems import published, write_jsonl
 
 GOOD = '{"problem": "1+1?", "answer": "2"}\n'
-
-
-def refusal(path) -> str | None:
-    """What `read_problems` raises, where it raises ValueError."""
-    try:
-        assert read_problems(path)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def only(path) -> str:
@@ -142,7 +134,7 @@ def test_prompts_that_ask_nothing(tmp_path, row, part):
         read_problems(path, prompt_column="asked")
 
 
-def test_columns_of_one_name(tmp_path):
+def test_two_columns_of_one_name_are_refused(tmp_path):
     table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["1"]), pa.array(["2"])], ["problem", "answer", "answer"])
     pq.write_table(table, tmp_path / "twice.parquet")
     with pytest.raises(ValueError, match=r"twice\.parquet: has several columns of the name answer"):
@@ -237,8 +229,10 @@ def test_a_parquet_file_that_was_cut_or_changed(tmp_path):
         else:
             changed = data[: random_.randrange(len(data))]
         damaged.write_bytes(changed)
-        error = refusal(damaged)
+        read, error = refusal(lambda: read_problems(damaged))
+        assert (error is None) == bool(read)
         assert error is None or (error.startswith(str(damaged)) and len(error) < 1000)
+        assert error is not None or turn % 2, "the end of a file that was cut has its index"
 
 
 def test_mutated_rows_load_or_are_refused_by_name(tmp_path):
@@ -265,12 +259,13 @@ def test_mutated_rows_load_or_are_refused_by_name(tmp_path):
             new = random_.choice([b"", b'"', b"\xff", b"\\", random_.choice(string.printable).encode()])
             line = line[:at] + new + line[at + 1 :]
         path.write_bytes(GOOD.encode() + line + b"\n")
-        error = refusal(path)
+        read, error = refusal(lambda: read_problems(path))
         outcomes[error is None] += 1
         if error is not None:
             assert error.startswith((f"{path} row 1: ", f"{path} line 2: "))
             continue
-        for problem in read_problems(path):
+        assert read
+        for problem in read:
             assert problem.answer.strip()
             assert problem.answer.lower() not in ("nan", "inf", "infinity")
             json.dumps([problem.id, problem.answer, problem.data_source, problem.messages], ensure_ascii=False).encode()

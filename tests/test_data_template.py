@@ -11,8 +11,8 @@ import pytest
 
 from rlvr_jax.data import template
 from rlvr_jax.data.text import encode_text, load_tokenizer, render_chat
+from tests.mutations import mutated, refusal
 from tests.test_data_text import make_tokenizer, user
-from tests.test_models_hostile import mutated, refusal
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 # What published templates use: loops, slices, namespaces, tools as JSON, macros, the arguments of transformers.
@@ -102,8 +102,8 @@ def test_templates_that_do_not_end(short):
     ],
 )
 def test_templates_that_reach_out_or_fail_are_one_sentence(text):
-    with pytest.raises(ValueError, match=r"the chat template refuses messages with the roles user: \S.+"):
-        render_chat(make_tokenizer(template=text), user("x"))
+    _, said = refusal(lambda: render_chat(make_tokenizer(template=text), user("x")))
+    assert re.fullmatch(r"the chat template refuses messages with the roles user: \S.+", said or "")
 
 
 def test_formats_reach_no_attribute():
@@ -151,7 +151,7 @@ DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        *(("tokenizer.json", text) for text in (DEEP, "[]", "", "\x00", '{"model": NaN}')),
+        *(("tokenizer.json", text) for text in (DEEP, "[]", "", "{", "\x00", '{"model": NaN}')),
         *(("tokenizer_config.json", text) for text in (DEEP, "[]", "", "\x00")),
     ],
 )

@@ -83,9 +83,6 @@ def test_bad_tokenizers_are_named(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no tokenizer\.json in this folder"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="no tokenizer can be loaded"):
-        load_tokenizer(str(tmp_path))
 
 
 def test_bad_messages_are_named(tiny):

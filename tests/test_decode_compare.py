@@ -297,7 +297,7 @@ def test_a_found_threshold_is_in_the_table(tmp_path):
     assert run(folder, out=tmp_path / "out")["one/delta"]["tau"] == -0.7
 
 
-def test_settings_sampled_otherwise_are_lines_of_their_own(tmp_path):
+def test_settings_sampled_in_another_way_are_lines_of_their_own(tmp_path):
     settings = {delta("hot", tau=-0.3): 3, delta("hotter", tau=-0.4): 4, delta("top", temperature=0.5): 5}
     found = run(write_run(tmp_path / "one", {**settings, delta("k", top_logprobs=50): 2}), out=tmp_path / "out")
     axes = Figure().subplots()

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from decode.config import Calibration, Controls, Criterion, DecodeConfig, Grid, Setting
+from decode.config import Controls, Criterion, DecodeConfig, Grid, Setting
 from decode.sweep import resolve
 from rlvr_jax.direction import CRITERIA
 from rlvr_jax.program import parse_config, read_config
@@ -61,35 +61,19 @@ def test_the_published_recipes(recipe, tau, gamma):
         ({"base": None, "rl": None}, "no model"),
         ({"problems": ""}, "problems='': expected a problem file, --problems"),
         ({"n": 0}, "n=0: expected 1 to 1,000,000"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"slots": -1}, "slots=-1"),
-        ({"block": 0}, "block=0"),
-        ({"memory": 0.0}, "memory=0.0"),
         ({"cache_dtype": "int4"}, "cache_dtype='int4': expected one of model, int8"),
-        ({"calibration": Calibration(responses=0)}, "calibration.responses=0"),
         ({"share": 0.1}, "share=0.1 and tau=-0.3: expected only one"),
         ({"tau": None, "share": 1.0}, "share=1.0: expected above 0 and below 1"),
         ({"match_rate": (0.1,)}, "tau=-0.3: the grid says that"),
         ({"criterion": None, "tau": None, "match_rate": (0.1,)}, "match_rate: expected --criterion"),
-        ({"limit": 0}, "limit=0"),
-        ({"seeds": ()}, "seeds=(): expected one or more, all different"),
-        ({"seeds": (1, 1)}, "seeds=(1, 1)"),
         ({"seeds": (2**31,)}, "seeds has 2147483648: expected 0 to 2,147,483,647"),
         ({"criterion": "all"}, "tau=-0.3: criterion all looks at no threshold"),
         ({"graders": ("maths",)}, "graders has 'maths': expected math_verify, dapo_answer"),
-        ({"graders": ()}, "graders=()"),
-        ({"graders": ("math_verify",) * 2}, "graders=('math_verify', 'math_verify')"),
         ({"tau": None}, "tau missing: criterion delta_logp needs a threshold"),
-        ({"tau": float("nan")}, "tau=nan"),
-        ({"gamma": float("inf")}, "gamma=inf"),
         ({"criterion": "dlogp"}, "criterion='dlogp': expected one of delta_logp, "),
         ({"criterion": None}, "criterion missing"),
         ({"rl": None}, "model 'pair' needs --rl"),
         ({"model": "rl"}, "belong to model 'pair'"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"top_p": 0.0}, "top_p=0.0"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"top_logprobs": 0}, "top_logprobs=0"),
         ({"name": "../x"}, "name='../x': expected letters, digits and . _ + -"),
         ({"settings": (Setting("a", "rl"), Setting("a", "base")), "setting": Setting()}, "'a' occurs twice"),
         ({"settings": (Setting("a", "rl"),)}, "--settings.0.tau"),

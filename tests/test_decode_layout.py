@@ -13,7 +13,7 @@ from rlvr_jax.generation import generate_selective
 from rlvr_jax.models import decode_weights, qwen
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.sharding import DEFAULT_RULES, make_mesh
-from tests.test_generate import assert_same
+from tests.decoding_tools import assert_same
 
 # 6 heads and 2 kv heads as 28 and 4; neither the heads nor the vocabulary divide by 4, and no two sizes are equal.
 CONFIG = QwenConfig("qwen2", 90, 48, 80, 1, 6, 2, 16, qkv_bias=True, dtype="float32", max_position_embeddings=256)

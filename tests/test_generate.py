@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_tools import (
+
+from rlvr_jax.decoding import slots, steps
+from rlvr_jax.decoding.batch import PREFILL_PIECE, bucket, cache_size
+from rlvr_jax.decoding.generate import decode
+from rlvr_jax.decoding.sampling import sample
+from rlvr_jax.decoding.state import DRAW, LanguageModel, row_keys
+from rlvr_jax.generation import generate, language_model
+from rlvr_jax.sharding import make_mesh
+from tests.decoding_tools import (
+    assert_same,
     chi_square,
     compilations,
     full_logprobs,
@@ -17,26 +26,9 @@ from decoding_tools import (
     toy_params,
 )
 
-from rlvr_jax.decoding import slots, steps
-from rlvr_jax.decoding.batch import PREFILL_PIECE, bucket, cache_size
-from rlvr_jax.decoding.generate import decode
-from rlvr_jax.decoding.sampling import sample
-from rlvr_jax.decoding.state import DRAW, LanguageModel, row_keys
-from rlvr_jax.generation import generate, language_model
-from rlvr_jax.sharding import make_mesh
-
 TOY = toy_model()
 PARAMS = toy_params(0)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1, 2]]
-
-
-def assert_same(first, second, atol: float = 1e-5) -> None:
-    for name in first._fields:
-        a, b = getattr(first, name), getattr(second, name)
-        if a.dtype.kind == "f":
-            np.testing.assert_allclose(a, b, atol=atol, err_msg=name)
-        else:
-            np.testing.assert_array_equal(a, b, err_msg=name)
 
 
 def rows_of(generation, rows):

@@ -105,7 +105,7 @@ def test_without_flock_a_file_is_the_lock_and_it_is_said(tmp_path, monkeypatch, 
     lock(tmp_path / "new").close()
 
 
-def test_other_troubles_of_flock_are_no_reason_to_go_on(tmp_path, monkeypatch):
+def test_another_error_of_flock_is_raised(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "broken disk")
 
@@ -215,16 +215,16 @@ def test_a_lock_that_was_taken_over_a_moment_ago_is_put_back(tmp_path, no_flock,
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock.owner"]
 
 
-def test_it_waits_for_a_run_that_is_still_ending(tmp_path, monkeypatch):
+def test_a_start_waits_for_a_run_that_is_still_ending(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "_LOOK_S", 0.02)
     held = lock(tmp_path)
-    threading.Timer(0.1, held.close).start()
     begin = time.monotonic()
+    threading.Timer(0.1, held.close).start()
     lock(tmp_path, wait_s=20.0).close()
     assert 0.1 <= time.monotonic() - begin < 10
 
 
-def test_the_switch(tmp_path, monkeypatch, caplog):
+def test_the_environment_chooses_the_kind_of_lock(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("RLVR_JAX_LOCK", "off")
     with lock(tmp_path), lock(tmp_path):
         assert "not locked, since RLVR_JAX_LOCK=off" in caplog.text

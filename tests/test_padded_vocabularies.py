@@ -96,7 +96,7 @@ def decoding(folders, rl):
     )
 
 
-def test_the_programs_read_the_common_rows(folders, caplog):
+def test_the_programs_read_the_common_rows_alone(folders, caplog):
     plain, wide = (read_inputs(decoding(folders, rl)) for rl in ("rl", "wide"))
     assert {role: model.vocab_size for role, model in wide.models.items()} == {"base": 48, "rl": 48}
     assert "the last 8 of rl, which are beyond every tokenizer, are left out" in caplog.text

@@ -51,7 +51,7 @@ class Outer:
     inner: Inner = Inner()
 
 
-def test_it_is_written_out_in_flags_and_recipes_alike(home):
+def test_the_home_folder_is_written_out_in_flags_and_recipes(home):
     config = Outer("~/o", 3, Inner(("~/a", "b"), "~"))
     assert config_at_home(config) == Outer(f"{home}/o", 3, Inner((f"{home}/a", "b"), str(home)))
     same = Outer("o", 3, Inner(("a",), None))
@@ -63,7 +63,7 @@ def test_it_is_written_out_in_flags_and_recipes_alike(home):
         assert parse_config(Outer, argv, **words) == Outer(f"{home}/o", 3, Inner((f"{home}/a",)))
 
 
-def test_it_is_written_out_where_the_library_is_used_without_flags(home):
+def test_the_home_folder_is_written_out_by_the_library_too(home):
     (home / "model").mkdir()
     assert checkpoint_folder("~/model") == home / "model"
     assert local("~/x.jsonl") == f"{home}/x.jsonl"

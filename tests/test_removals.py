@@ -13,7 +13,7 @@ COMPILED = f"jit_step-{'0a' * 32}-cache"
 
 
 def keep(folder):
-    names = ("damaged-cache", f"{'0a' * 32}-cache-notes", "batch_x.npz", "batch_1.npz", ".x.tmp", ".x.y.tmp", "a.tmp")
+    names = ("damaged-cache", f"{'0a' * 32}-cache-notes", "batch_x.npz", "batch_1.npz", ".x.1.tmp")
     for name in names:
         (folder / name).write_text("mine")
     (folder / "pip-cache").mkdir()
@@ -31,17 +31,25 @@ def discard_generation_batches(folder):
     Spool(folder, 1, "run").discard(2)
 
 
-def clear_up_after_a_kill(folder):
-    (folder / ".metrics.jsonl.77.tmp").write_text("half")
-    (folder / ".hf.77.tmp").mkdir()
-    remove_leftovers(folder)
-
-
-@pytest.mark.parametrize("remove", [begin_with_a_compile_cache, discard_generation_batches, clear_up_after_a_kill])
+@pytest.mark.parametrize("remove", [begin_with_a_compile_cache, discard_generation_batches])
 def test_files_of_other_names_stay(tmp_path, remove):
     mine = keep(tmp_path)
     remove(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == mine
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    for name in (".a.json.17.tmp", ".hf.17.tmp/model.safetensors", "rollouts/.x.18.tmp", "rollouts/kept.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    for name in (".mine.tmp", ".mine.x.tmp", "a.17.tmp", "pip-cache/x", "other/.y.3.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    remove_leftovers(tmp_path, "roll*", "not there")
+    assert not (tmp_path / ".hf.17.tmp").exists()
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert left == [".mine.tmp", ".mine.x.tmp", "a.17.tmp", "other/.y.3.tmp", "pip-cache/x", "rollouts/kept.jsonl"]
 
 
 def test_an_export_replaces_a_model_and_leaves_the_rest(tmp_path):

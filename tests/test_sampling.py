@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_tools import chi_square, compilations
 
 from rlvr_jax.decoding.sampling import (
     Sampling,
@@ -15,6 +14,7 @@ from rlvr_jax.decoding.sampling import (
     sample,
     token_logprob,
 )
+from tests.decoding_tools import chi_square, compilations
 
 DRAWS = 20_000
 jit_sample = jax.jit(sample)

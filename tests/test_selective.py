@@ -3,7 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_tools import (
+
+from rlvr_jax.decoding.generate import decode
+from rlvr_jax.decoding.selective import decode_selective
+from rlvr_jax.direction import CRITERIA, criterion_value, fires, published_top_logprobs
+from rlvr_jax.generation import generate, generate_selective
+from rlvr_jax.sharding import make_mesh
+from tests.decoding_tools import (
     chi_square,
     compilations,
     full_logprobs,
@@ -13,12 +19,6 @@ from decoding_tools import (
     toy_model,
     toy_params,
 )
-
-from rlvr_jax.decoding.generate import decode
-from rlvr_jax.decoding.selective import decode_selective
-from rlvr_jax.direction import CRITERIA, criterion_value, fires, published_top_logprobs
-from rlvr_jax.generation import generate, generate_selective
-from rlvr_jax.sharding import make_mesh
 
 MODELS = (toy_model(),) * 2
 BASE, RL = toy_params(0), toy_params(1)

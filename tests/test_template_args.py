@@ -135,19 +135,3 @@ def test_decoding_and_diagnosis(place, tmp_path):
     rows.write_text(json.dumps({"messages": [{"role": "user", "content": "0+0"}], "response": "0"}) + "\n")
     (one,) = read_given([str(rows)], load_tokenizer(place / "model"), enable_thinking=False)
     assert one.prompt == PROMPT + "::"
-
-
-def test_columns_and_several_files_of_a_run(place):
-    for name in ("a", "b"):
-        (place / f"{name}.jsonl").write_text(json.dumps({"q": {"text": "0+0"}, "gold": name, "answer": "x"}) + "\n")
-    columns = ["--data.prompt-column", "q.text", "--data.answer-column", "gold"]
-    jobs = []
-    for names in ("ba", "ab"):
-        flags = arguments(place, place / names, reward__rule="math_verify", data__val=place / "a.jsonl") + columns
-        jobs.append(prepare([*flags, "--data.train", *(str(place / f"{name}.jsonl") for name in names)]))
-    for job, answers in zip(jobs, ("ba", "ab"), strict=True):
-        job.folder.release()
-        assert "".join(problem.answer for problem in job.train.problems) == answers
-        assert [problem.answer for problem in job.val.problems] == ["a"]
-    with pytest.raises(ValueError, match=r"data\.train: the content is not what"):  # order matters
-        require_same_run(jobs[0].record, jobs[1].record, MAY_CHANGE, defaults={})

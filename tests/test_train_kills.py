@@ -199,6 +199,7 @@ def test_on_a_full_disk_it_ends_with_one_sentence_and_resumes_with_room(place, w
 
 
 def test_a_generation_batch_that_was_finished_is_not_decoded_again(place, monkeypatch):
+    """The second start takes it from its file. It also writes the profile that was asked for."""
     flags = arguments(place, place / "spooled", **OTHER, steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(loop._Run, "_phase", ends_at("score"))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from decoding_tools import tiny_qwen
 from jax.sharding import PartitionSpec
 
 import rlvr_jax as rj
@@ -16,6 +15,7 @@ from rlvr_jax.direction import CRITERIA
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.qwen import hidden_states, unembedding
 from rlvr_jax.scoring import criterion_values
+from tests.decoding_tools import assert_same, tiny_qwen
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(8, 50)).astype(np.float32) * 2
@@ -48,17 +48,6 @@ ARGUMENTS = (LOGITS, BASE, RL, TOKENS, KEYS, ONES, NARROW, FEW, NARROW)
 @pytest.fixture(scope="module")
 def plain():
     return jax.tree.map(np.asarray, jax.jit(per_row)(*ARGUMENTS))
-
-
-def assert_same(first, second, atol=1e-5):
-    flat, other = jax.tree.leaves_with_path(first), jax.tree.leaves(second)
-    for (path, a), b in zip(flat, other, strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.dtype == b.dtype, path
-        if a.dtype.kind == "f":
-            np.testing.assert_allclose(a, b, atol=atol, err_msg=str(path))
-        else:
-            np.testing.assert_array_equal(a, b, err_msg=str(path))
 
 
 def test_functions_of_rows_with_x64(plain):
