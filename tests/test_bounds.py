@@ -117,7 +117,16 @@ def test_the_fields_in_which_odd_values_mean_something():
     mesh = {f"mesh.{axis}" for axis in ("data", "fsdp", "sequence", "tensor")}
     assert accepting(-1) == mesh | {"algorithm.reweight.alpha", "setting.tau", "setting.gamma"}
     assert accepting((-1.0,)) == {"grid.gammas"}
-    assert accepting(0) == {}
+    assert accepting((0,)) == {"controls.temperatures", "grid.gammas", "page.problems", "seeds", "stop_token_ids"}
+    assert accepting(0) == {
+        *("algorithm.clip_high", "algorithm.clip_low", "algorithm.kl_coef", "algorithm.reweight.alpha"),
+        *("algorithm.loss_mask.quantile", "algorithm.reweight.mask.quantile", "rollout.top_k", "eval.temperature"),
+        *("optim.b1", "optim.b2", "optim.warmup", "optim.weight_decay", "distributed.process", "seed", "eval.seed"),
+        *("reward.overlong_buffer", "reward.overlong_factor", "eval.every", "log.microscope_every", "log.rollouts"),
+        *("checkpoint.every", "checkpoint.export_every"),
+        *("setting.tau", "setting.gamma", "setting.temperature", "setting.top_k"),
+        *("findings.extremes", "findings.seed", "fillers", "temperature"),  # the last two of the demo
+    }
     columns = {"prompt_column", "answer_column", "prompt_suffix"}
     assert accepting("") == columns | {f"data.{name}" for name in columns} | {
         *("model", "init_config", "tokenizer"),  # of train.sft: one of the first two

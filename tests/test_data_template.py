@@ -103,7 +103,7 @@ def test_templates_that_do_not_end(short):
 )
 def test_templates_that_reach_out_or_fail_are_one_sentence(text):
     _, said = refusal(lambda: render_chat(make_tokenizer(template=text), user("x")))
-    assert re.fullmatch(r"the chat template refuses messages with the roles user: \S.+", said or "")
+    assert re.fullmatch(r"the tokenizer: the chat template refuses messages with the roles user: \S.+", said or "")
 
 
 def test_formats_reach_no_attribute():

@@ -183,7 +183,7 @@ def test_the_summary_counts_by_hand(tmp_path):
     lines = (tmp_path / "summary.csv").read_text().splitlines()
     assert len(lines) == 3
     assert dict(zip(lines[0].split(","), lines[2].split(","), strict=True))["pass_at_k.4"] == "1.0"
-    assert "x" in (tmp_path / "summary.txt").read_text()
+    assert (tmp_path / "summary.txt").read_text() == settings_text([got, got | {"setting": "y"}])
     assert got["maj_at_k"] == 1.0  # 3: "1" has three of four votes; 4: "9" is the only answer
     assert got["maj_interval"] == [pytest.approx(0.025**0.5), 1.0]  # of two problems: nearly nothing is known
     assert got["interval"] == mean_interval([3 / 4, 1 / 4]).ends
@@ -235,7 +235,7 @@ def test_differences_are_paired_over_problems():
     warm = outcome(dataclasses.replace(extra, name="warm", temperature=0.3), [])
     assert references(named[3], [*named, warm]) == {}
     assert references(warm, [*named, warm]) == {"rl": named[3]}
-    # right on 0..5 against 2..6: half a problem in eight better, and not one problem more
+    # right on 0..5 against 2..6: two problems more, one problem less, of eight
     outcomes = [outcome(settings[0], range(6)), outcome(settings[1], range(2, 7)), outcome(settings[2], range(6))]
     records = with_differences(outcomes)
     against = records[0]["differences"]
