@@ -201,7 +201,7 @@ def test_on_a_full_disk_it_ends_with_one_sentence_and_resumes_with_room(place, w
 def test_a_generation_batch_that_was_finished_is_not_decoded_again(place, monkeypatch):
     """The second start takes it from its file. It also writes the profile that was asked for."""
     flags = arguments(place, place / "spooled", **OTHER, steps=1)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, one_device():
         patch.setattr(loop._Run, "_phase", ends_at("score"))
         with pytest.raises(Preempted):
             run(prepare(flags))
@@ -209,7 +209,8 @@ def test_a_generation_batch_that_was_finished_is_not_decoded_again(place, monkey
     decoded = []
     call = loop.Decoder.__call__
     monkeypatch.setattr(loop.Decoder, "__call__", lambda self, *a, **k: decoded.append(k["n"]) or call(self, *a, **k))
-    run(prepare([*flags, "--data.val", "None", "--log.profile-step", "1"]))
+    with one_device():
+        run(prepare([*flags, "--data.val", "None", "--log.profile-step", "1"]))
     assert decoded == []
     assert list((place / "spooled" / "profile").rglob("*.xplane.pb"))
     assert json.loads((place / "spooled" / "metrics.jsonl").read_text().splitlines()[-1])["trainer_steps"] == 1

@@ -251,6 +251,14 @@ def test_the_export_is_the_trained_model(place, whole):
     assert states["['params']['embed']"] == np.asarray(params["embed"]).tobytes()
 
 
+def test_a_finished_run_ends_at_once_and_stays_as_it_is(place, whole):
+    files = [path for path in (place / "whole").rglob("*") if path.is_file() and path.parent.name != "tensorboard"]
+    before = {path: path.read_bytes() for path in files if path.name not in (".lock", "config.json")}
+    for steps in (4, 2):
+        assert train(place, place / "whole", steps=steps, **LOOKS) == whole[0]
+        assert {path: path.read_bytes() for path in before} == before
+
+
 def test_another_configuration_does_not_continue_a_run(place, whole):
     with pytest.raises(
         ValueError, match=r"optim\.lr: the checkpoint was made with 0\.003, the configuration says 0\.1"

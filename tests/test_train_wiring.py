@@ -21,12 +21,10 @@ from rlvr_jax.models.qwen import hidden_states, init_params, logits
 from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded
 from rlvr_jax.sharding import make_mesh
-from tests.runs import arguments
-from tests.tiny import tiny_checkpoint, tiny_config, tiny_tokenizer, write_tiny_problems
+from tests.tiny import tiny_config, tiny_tokenizer
 from train import config as c
 from train.evaluate import evaluate
-from train.loop import _Run, run
-from train.prepare import prepare
+from train.loop import _Run
 from train.rollout import Collector, Decoder, Group, eval_seed, rollout_seed
 from train.trainer import Trainer
 
@@ -267,22 +265,6 @@ def test_a_prompt_twice_in_a_batch_has_two_different_groups():
     for prompt in range(5):
         first, second = (g.tokens.tolist() for g in made if g.prompt == prompt)
         assert not [row for row in first if row in second]
-
-
-def test_a_finished_run_ends_at_once_and_other_data_are_refused(tmp_path):
-    tiny_checkpoint(tmp_path / "model", hidden_size=16, num_layers=1)
-    write_tiny_problems(tmp_path / "train.jsonl", 20)
-    folder = tmp_path / "run"
-    changes = {"data__val": None, "algorithm__dynamic_sampling": False, "optim__warmup": 0}
-    run(prepare(arguments(tmp_path, folder, steps=3, **changes)))
-    files = [folder / "metrics.jsonl", folder / "hf" / "model.safetensors"]
-    before = [file.read_bytes() for file in files], sorted((folder / "checkpoints").iterdir())
-    assert len(before[0][0].splitlines()) == 3
-    run(prepare(arguments(tmp_path, folder, steps=2, **changes)))
-    assert before == ([file.read_bytes() for file in files], sorted((folder / "checkpoints").iterdir()))
-    write_tiny_problems(tmp_path / "train.jsonl", 20, answer="8")  # as many rows, other answers
-    with pytest.raises(ValueError, match=r"^answers of data\.train: the content is not what the run began with"):
-        prepare(arguments(tmp_path, folder, steps=4, **changes))
 
 
 def sft_config(path, **changes):
