@@ -21,6 +21,7 @@ from rlvr_jax.models.hf import load_hf, save_hf
 from rlvr_jax.models.qwen import ParamSpec, param_specs
 from rlvr_jax.sharding import ShardingRules, make_mesh
 from tests.parity.variants import VARIANTS, shapes, weights
+from tests.tiny import devices
 
 QWEN2, QWEN3 = QwenConfig.from_hf(VARIANTS["qwen2_tied"]), QwenConfig.from_hf(VARIANTS["qwen3_untied_yarn"])
 
@@ -359,7 +360,6 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("127.0.0.1:{port}", 2, int(sys.argv[1]))
 from rlvr_jax.models.hf import load_hf, save_hf
 from rlvr_jax.sharding import make_mesh
-from tests.tiny import devices
 config, params = load_hf({str(tmp_path / "m")!r}, dtype=jnp.float32, mesh=make_mesh(1, 2, 2))
 here = sum(s.data.nbytes for s in params["layers"]["q_proj"].addressable_shards)
 print("part", here / params["layers"]["q_proj"].nbytes)
