@@ -9,6 +9,8 @@ logits. They are taken at temperature 1 and may be -inf outside a truncated supp
 here returns NaN for it. Where values can be seen (outside jit), rows whose exp does not sum to 1 raise.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,7 +181,7 @@ def fires(
     if criterion == "random":
         if key is None:
             raise ValueError("key=None: criterion 'random' needs a jax random key, one or one per row")
-        return _uniform(key, rows[0]) < tau
+        return _uniform(key, rows) < tau
     value = criterion_value(
         criterion, logp_base_BV, logp_rl_BV, token_B, top_logprobs=top_logprobs, sample_from=sample_from
     )
@@ -347,15 +349,15 @@ def _checked_tokens(token_B: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     return jnp.asarray(token_B)
 
 
-def _uniform(key: jax.Array | np.ndarray, rows: int) -> jax.Array:
+def _uniform(key: jax.Array | np.ndarray, rows: tuple[int, ...]) -> jax.Array:
     key = jnp.asarray(key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
-        return jax.random.uniform(key, (rows,), jnp.float32)
-    if key.shape != (rows,):
-        raise ValueError(f"key has shape {key.shape}: expected one key, or one for each of the {rows} rows")
-    return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(key)
+        return jax.random.uniform(key, rows, jnp.float32)
+    if key.shape != rows:
+        raise ValueError(f"key has shape {key.shape}: expected one key, or one for each of the {math.prod(rows)} rows")
+    return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(key.ravel()).reshape(rows)
 
 
 def _check_criterion(criterion: str) -> None:

@@ -1,5 +1,7 @@
 """The direction of an update: dlogp, entropy, divergences, criteria, extrapolation, the published top-k rule."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,6 +176,13 @@ def test_random_criterion_rates_and_row_keys(wrap):
         assert np.mean(run(0.3, key)) == pytest.approx(0.3, abs=0.03)
         assert run(1.0, key).all()
         assert not run(0.0, key).any()
+
+
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3)])
+def test_random_criterion_gives_every_row_a_number_of_its_own(rows):
+    logp = np.zeros((*rows, 1), np.float32)
+    fired = inspect.unwrap(fires)("random", logp, logp, np.zeros(rows, int), 0.5, jax.random.key(0))
+    assert fired.shape == rows
 
 
 def test_random_criterion_of_a_row_does_not_depend_on_its_companions():

@@ -315,6 +315,7 @@ BAD = {
     "token outside": ({"prompts": [[1, 64]]}, r"prompts\[0\] has token 64"),
     "negative token": ({"prompts": [[-1]]}, r"prompts\[0\]"),
     "temperature": ({"temperature": -0.1}, "temperature=-0.1"),
+    "temperature near 0": ({"temperature": 1e-38}, "temperature=1e-38"),  # logits divided by it would be infinite
     "temperature nan": ({"temperature": float("nan")}, "temperature=nan"),
     "temperature rows": ({"temperature": np.ones(2)}, "temperature has shape"),
     "top_p below": ({"top_p": -0.1}, "top_p=-0.1"),

@@ -107,6 +107,20 @@ def test_ids_that_would_be_cut_to_32_bits_are_refused():
         group_advantages(np.ones(2, np.float32), np.array([0, 2**32]))
 
 
+@pytest.mark.parametrize(("dtype", "num_groups"), [("uint8", 256), ("int8", 127), ("uint16", 65_536)])
+def test_ids_of_few_bits_and_as_many_groups_as_they_name(dtype, num_groups):
+    got = group_advantages(np.array([1.0, 0, 1, 1]), np.array([0, 0, 5, 5], dtype), num_groups=num_groups)
+    np.testing.assert_allclose(got, [0.5**0.5, -(0.5**0.5), 0, 0], rtol=1e-5)
+    high = group_advantages(np.array([1.0, 0, 1, 1]), np.array([1, 1, 0, 0], np.uint32) + np.uint32(2**31))
+    np.testing.assert_array_equal(high, group_advantages(np.array([1.0, 0, 1, 1]), np.array([1, 1, 0, 0])))
+
+
+@pytest.mark.parametrize("ids", [np.array(["a", "b"]), np.array([0.5, 0.7]), np.array([0, 1], object)])
+def test_ids_that_are_no_integers_are_refused(ids):
+    with pytest.raises(ValueError, match=r"group_B has dtype .* expected integers"):
+        inspect.unwrap(group_advantages)(np.ones(2, np.float32), ids)
+
+
 def test_integer_scores_no_scores_and_shape_mismatch():
     assert group_advantages(np.zeros(0, np.float32), np.zeros(0, int)).shape == (0,)
     assert group_advantages(jnp.array([1, 0]), jnp.array([3, 3])).dtype == jnp.float32

@@ -12,6 +12,7 @@ import rlvr_jax as rj
 from rlvr_jax.direction import CRITERIA, criterion_value, fires_at, published_top_logprobs
 from rlvr_jax.evaluation import _checked, maj_per_problem
 from rlvr_jax.objectives.diagnostics import logit_gradient_l1, shares_by_probability, token_weights, weight_statistics
+from rlvr_jax.objectives.masks import TOKEN_MASKS
 from rlvr_jax.objectives.reweight import REWEIGHTINGS
 from rlvr_jax.objectives.segments import response_begins, response_sums
 
@@ -81,6 +82,28 @@ def test_where_responses_begin():
     begins = response_begins(np.array([[1, 1, 2, 0, 0], [0, 1, 2, 3, 3]]), (2, 5))
     np.testing.assert_array_equal(begins, [[1, 0, 1, 0, 0], [0, 1, 1, 1, 0]])
     np.testing.assert_array_equal(response_begins(None, (2, 3)), [[1, 0, 0]] * 2)
+
+
+@pytest.mark.parametrize("segment", [[[1, 1, 2, 0], [1, 2, 2, 2]], [[7, 7, 9, 0], [300, 10, 10, 10]]])
+def test_responses_may_be_numbered_over_the_whole_batch(segment):
+    """Numbers above T are responses like others: gspo's mean, and how many there are."""
+    values, mask = np.array([[1.0, 3.0, 5.0, 9.0], [1.0, 2.0, 3.0, 4.0]]), np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+    segment = np.array(segment, np.int16)
+    np.testing.assert_array_equal(response_sums(values * mask, segment), [[4, 4, 5, 0], [1, 9, 9, 9]])
+    total, weight = jax.jit(rj.aggregate, static_argnums=2)(values, mask, "seq-mean-token-mean", segment_BT=segment)
+    assert (float(total), float(weight)) == (2 + 5 + 1 + 3, 4)
+    zeros = np.zeros((2, 4))
+    loss, _ = rj.gspo_loss(np.log(values), zeros, -np.ones((2, 4)), mask, clip_low=1, clip_high=9, segment_BT=segment)
+    expected = np.array([[3**0.5, 3**0.5, 5, 0], [1, 24 ** (1 / 3), 24 ** (1 / 3), 24 ** (1 / 3)]])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_a_batch_without_tokens_has_masks(shape):
+    zeros = np.zeros(shape)
+    for kind in TOKEN_MASKS:
+        kept = rj.token_mask(kind, zeros, quantile=0.5, old_logp_BT=zeros, entropy_BT=zeros, ref_logp_BT=zeros)
+        assert kept.shape == shape, kind
 
 
 @pytest.mark.parametrize("dtype", ["int8", ml_dtypes.bfloat16, "float16"])

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from rlvr_jax.checks import not_negative, require, require_per_row
+from rlvr_jax.checks import require, require_per_row
 
 Numbers = ArrayLike | Sequence[float]  # a number, or one for each row
 
 _LARGEST = float(np.finfo(np.float32).max)  # which the settings become
+_COLDEST = 1e-20  # logits up to 1e18 divided by it are still finite
 # What is expected of each setting, in words and as a test.
 _SETTINGS: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
-    "temperature": ("a number of at least 0", not_negative),
+    "temperature": ("0 (greedy), or a number of at least 1e-20", lambda x: (x == 0) | (x >= _COLDEST)),
     "top_p": ("a number in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
     "top_k": ("an integer from 0 to 2**31 - 1", lambda x: (x >= 0) & (x < 2**31) & (x == np.floor(x))),
     "tau": ("a finite number", np.isfinite),

@@ -87,7 +87,8 @@ def filtered_logprobs(
 
     Args:
       logits_BV: logits or log-probabilities over the last axis.
-      temperature: at least 0. top_p: in [0, 1]. top_k: 0, or at least V, for no limit. Scalars or one per row.
+      temperature: 0, or at least 1e-20. top_p: in [0, 1]. top_k: 0, or at least V, for no limit. Each of them is a
+        scalar or one per row.
 
     Returns:
       float32, the shape of the logits.

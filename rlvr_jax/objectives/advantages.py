@@ -43,13 +43,20 @@ def group_advantages(
     return jnp.where(counted_B, centred_B, 0.0)
 
 
-def group_ids(group_B: Integer[Array, " B"]) -> Integer[jax.Array, " B"]:
-    """The ids as a jax array; refuses 64-bit ids (hashes) that its integers would silently cut down and mix up."""
-    if isinstance(group_B, np.ndarray):
+def group_ids(group_B: ArrayLike) -> Integer[jax.Array, " B"]:
+    """The ids as a jax array of at least 32 bits, since fewer need not hold the number of groups.
+
+    Refuses 64-bit ids (hashes) that its integers would silently cut down and mix up.
+    """
+    if not isinstance(group_B, jax.Array):
+        group_B = np.asarray(group_B)
+        if group_B.dtype.kind not in "iub":
+            raise ValueError(f"group_B has dtype {group_B.dtype}: expected integers, so number them")
         kept = jax.dtypes.canonicalize_dtype(group_B.dtype)
         if not np.array_equal(group_B.astype(kept), group_B):
             raise ValueError(f"group_B holds ids up to {group_B.max()}: expected ids that fit {kept}, so number them")
-    return jnp.asarray(group_B)
+    ids_B = jnp.asarray(group_B)
+    return ids_B.astype(jnp.int32) if ids_B.dtype.itemsize < 4 else ids_B
 
 
 def group_deviations(

@@ -78,7 +78,7 @@ def token_mask(
         if array_BT is None:
             raise ValueError(f"{name}=None: token mask {kind!r} needs it")
         needed.append(masked(array_BT, counted_BT))
-    if kind == "all":
+    if kind == "all" or mask_BT.size == 0:
         return mask_BT
     if kind in ("prob_below", "prob_between"):
         p_BT = jnp.exp(needed[0])

@@ -15,17 +15,21 @@ def response_sums(
 
     Args:
       values_BT: 0 where a token does not count.
-      segment_BT: the number of each token's response inside its row, from 1 (at most T); 0 on padding, which is summed
-        up as well. None: a row is a response.
+      segment_BT: the number of each token's response, from 1; 0 on padding, which is summed up as well. Equal numbers
+        side by side are one response, so they may start anew in every row or not. None: a row is a response.
     """
     values_BT = widen(values_BT)
     if segment_BT is None:
         return jnp.broadcast_to(jnp.sum(values_BT, axis=-1, keepdims=True), values_BT.shape)
 
-    def of_row(values_T: jax.Array, segment_T: jax.Array) -> jax.Array:
-        return scatter_sum(values_T, segment_T, values_T.size + 1)[segment_T]
+    segment_BT = jnp.asarray(segment_BT)
+    changes_BT = segment_BT != jnp.roll(segment_BT, 1, axis=1)
+    run_BT = jnp.cumsum(changes_BT, axis=1, dtype=jnp.int32)  # from 0 to T, whatever the numbers are
 
-    return jax.vmap(of_row)(values_BT, jnp.asarray(segment_BT))
+    def of_row(values_T: jax.Array, run_T: jax.Array) -> jax.Array:
+        return scatter_sum(values_T, run_T, values_T.size + 1)[run_T]
+
+    return jax.vmap(of_row)(values_BT, run_BT)
 
 
 def response_begins(segment_BT: Int[Array, "B T"] | None, shape: tuple[int, ...]) -> jax.Array:
