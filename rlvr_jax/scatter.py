@@ -8,21 +8,29 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from rlvr_jax.typing import Array, Float, Int, Num
+from rlvr_jax.typing import Array, Float, Integer, Num
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def scatter_sum(values: Num[Array, "M *D"], index_M: Int[Array, " M"], size: int) -> Float[jax.Array, "size *D"]:
+def scatter_sum(values: Num[Array, "M *D"], index_M: Integer[Array, " M"], size: int) -> Float[jax.Array, "size *D"]:
     """out[i] = the sum of `values[m]` over every m with `index_M[m] == i`, for i in 0 .. size - 1.
 
     Other indices are dropped. Sums are float32, or wider where the values are. CPUs and TPUs add one row after the
     other; on GPUs rows are sorted by their index first, and summed in a tree that depends on the index alone.
     """
     values = jnp.asarray(values)
-    index_M = jnp.where(jnp.asarray(index_M) < 0, size, index_M)  # a negative index would count from the end
+    index_M = wide_ids(index_M)
+    index_M = jnp.where(index_M < 0, size, index_M)  # a negative index would count from the end
     run = functools.partial(_summed_in_order, size=size)
     return jax.lax.platform_dependent(values, index_M, cuda=run, rocm=run, default=functools.partial(_added, size=size))
+
+
+def wide_ids(ids: ArrayLike) -> jax.Array:
+    """Integers as a jax array of at least 32 bits, since fewer need not hold the number of rows that ids count."""
+    array = jnp.asarray(ids)
+    return array.astype(jnp.int32) if array.dtype.itemsize < 4 else array
 
 
 def _accumulator(values: jax.Array):

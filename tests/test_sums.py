@@ -45,6 +45,17 @@ def test_scatter_sum_against_float64(form):
     np.testing.assert_array_equal(form(values[:0, 0], index[:0], size=2), np.zeros(2))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])
+def test_ids_of_few_bits_that_do_not_hold_the_size(dtype):
+    table = jnp.arange(70_000.0)[:, None]
+    tokens = np.array([[3, 100]], dtype)
+    found = embed_tokens(table, tokens, jnp.float32, TokenLayout.of(1, 2))
+    np.testing.assert_array_equal(found[:, 0], [3, 100])
+    np.testing.assert_array_equal(scatter_sum(jnp.ones(2), tokens[0], 70_000).nonzero()[0], [3, 100])
+    if dtype.startswith("int"):
+        np.testing.assert_array_equal(scatter_sum(jnp.ones(2), np.array([-1, 3], dtype), 300), np.arange(300) == 3)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_scatter_sum_of_many_equal_rows(form):
     got = form(jnp.ones(MANY, jnp.bfloat16), jnp.full(MANY, 3), size=5)

@@ -13,20 +13,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rlvr_jax.models.tokens import TokenLayout
-from rlvr_jax.scatter import scatter_sum
+from rlvr_jax.scatter import scatter_sum, wide_ids
 from rlvr_jax.sharding import ambient_mesh, constrain, dividing_axes, fitting_axes, sum_into, ways, whole_tiles
-from rlvr_jax.typing import Array, Float, Int
+from rlvr_jax.typing import Array, Float, Integer
 
 
 def embed_tokens(
-    embed_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: Any, layout: TokenLayout
+    embed_VD: Float[Array, "V D"], tokens_BT: Integer[Array, "B T"], dtype: Any, layout: TokenLayout
 ) -> Float[jax.Array, "M D"]:
     """`embed_VD[tokens_BT]` in `dtype`, tokens in one dimension; reverse mode only.
 
     Ids outside are clipped, so any id may stand on padding (-100, say): what is looked up there means nothing, but is
     finite. The gradient is summed in float32 on each device, and in `dtype` over devices.
     """
-    known_BT = jnp.clip(jnp.asarray(tokens_BT), 0, embed_VD.shape[0] - 1)
+    known_BT = jnp.clip(wide_ids(tokens_BT), 0, embed_VD.shape[0] - 1)
     return _looked_up(jnp.asarray(embed_VD), known_BT, jnp.dtype(dtype), layout)
 
 

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from rlvr_jax.checks import not_negative, require, require_same_shape
 from rlvr_jax.direction import widen
-from rlvr_jax.scatter import scatter_sum
+from rlvr_jax.scatter import scatter_sum, wide_ids
 from rlvr_jax.typing import Array, Bool, Float, Integer, Real
 
 
@@ -44,10 +44,7 @@ def group_advantages(
 
 
 def group_ids(group_B: ArrayLike) -> Integer[jax.Array, " B"]:
-    """The ids as a jax array of at least 32 bits, since fewer need not hold the number of groups.
-
-    Refuses 64-bit ids (hashes) that its integers would silently cut down and mix up.
-    """
+    """The ids as a jax array; refuses 64-bit ids (hashes) that its integers would silently cut down and mix up."""
     if not isinstance(group_B, jax.Array):
         group_B = np.asarray(group_B)
         if group_B.dtype.kind not in "iub":
@@ -55,8 +52,7 @@ def group_ids(group_B: ArrayLike) -> Integer[jax.Array, " B"]:
         kept = jax.dtypes.canonicalize_dtype(group_B.dtype)
         if not np.array_equal(group_B.astype(kept), group_B):
             raise ValueError(f"group_B holds ids up to {group_B.max()}: expected ids that fit {kept}, so number them")
-    ids_B = jnp.asarray(group_B)
-    return ids_B.astype(jnp.int32) if ids_B.dtype.itemsize < 4 else ids_B
+    return wide_ids(group_B)
 
 
 def group_deviations(
