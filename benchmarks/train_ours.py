@@ -13,10 +13,12 @@ from benchmarks import train_cases as cases
 from benchmarks.memory_peak import peak_above, reset_peak
 from benchmarks.worker import serve
 from rlvr_jax import load_hf
+from rlvr_jax.dapo import make_scorer
+from rlvr_jax.data.packing import PackedRows
+from rlvr_jax.models.qwen import model_apply
 from rlvr_jax.training import TrainState, adamw, make_accumulating_step, with_learning_rate
 from train.config import AlgorithmConfig, ReweightConfig
-from train.dapo import make_loss, make_scorer, model_apply, scalars
-from train.packed import PackedRows
+from train.objective import make_loss, scalars
 
 _RATE_SECONDS = 0.3  # of each product
 

@@ -19,10 +19,11 @@ from decode.inputs import Inputs
 from decode.parts import JsonLines, checksum
 from decode.progress import DecodeProgress
 from decode.results import read_record
+from rlvr_jax.criteria import criterion_of, threshold_for_share
 from rlvr_jax.distributed import cluster
 from rlvr_jax.files import write_json
 from rlvr_jax.program import RunError
-from rlvr_jax.scoring import criterion_values, threshold_for_share
+from rlvr_jax.scoring import criterion_values
 
 SEED = 1 << 63  # of the calibration responses: not one that a run's own seeds would be
 KEYS = ("criterion", "sample_from", "share", "top_logprobs", "temperature", "top_p", "top_k")
@@ -60,7 +61,7 @@ def calibrate(
         passes.setdefault(_sampled_alone(setting), []).append(setting)
     for sampled, settings in passes.items():
         values: dict[tuple[str, int | None], np.ndarray] = {}
-        measured = [setting for setting in settings if setting.criterion != "random"]
+        measured = [setting for setting in settings if criterion_of(setting.criterion or "").measures]
         responses: list[tuple[int, list[int]]] = []
         if measured:
             progress.say(
@@ -182,7 +183,7 @@ def _account(config: DecodeConfig, sampled: Setting, responses: list[tuple[int, 
 
 def _said(entry: dict[str, Any]) -> str:
     line = f"  {entry['criterion']} at {100 * entry['share']:g}%: tau = {entry['tau']:.6g}"
-    if entry["criterion"] == "random":
+    if criterion_of(entry["criterion"]).by_chance:
         return line
     line += f", selects {100 * entry['share_selected']:.2f}% of {entry['tokens']:,} tokens"
     if abs(entry["share_selected"] - entry["share"]) > 0.1 * entry["share"]:

@@ -26,18 +26,14 @@ from rlvr_jax.bounds import (
     faults,
     require,
 )
+from rlvr_jax.criteria import CRITERIA, criterion_of
 from rlvr_jax.data.template_args import TemplateArgs
-from rlvr_jax.direction import CRITERIA
 from rlvr_jax.distributed import DistributedConfig
 from rlvr_jax.rewards.pool import RuleName
 
-Criterion = Literal[
-    "delta_logp", "neg_delta_logp", "abs_delta_logp", "entropy_base", "entropy_rl", "kl", "kl_reverse", "js", "js_true",
-    "random", "none", "all",
-]  # fmt: skip
+CriterionName = Annotated[str, Text.entry_of(CRITERIA)]
 Control = Literal["gamma0", "abs_delta_logp", "rl", "temperatures", "base"]
 Role = Literal["setting", "gamma0", "abs_delta_logp", "rl", "base", "temperatures"]
-ALWAYS_DECIDED = ("none", "all")  # criteria that look at no threshold
 Gamma = Annotated[float, Range(-100.0, 100.0)]
 ProblemFile = Annotated[str, Text("a problem file, --problems FILE.parquet or FILE.jsonl")]
 StopTokens = Annotated[tuple[Annotated[int, Range(0, 1 << 24)], ...], Several(0)]
@@ -52,7 +48,9 @@ class Setting:
     Attributes:
       name: folder of its results; empty: made from the values below
       model: base or rl alone, or the pair; default: the pair where a criterion is given, else the only model given
-      criterion: where the token is drawn again from the extrapolated distribution (pair)
+      criterion: where the token is drawn again from the extrapolated distribution (pair): delta_logp, neg_delta_logp,
+        abs_delta_logp, entropy_base, entropy_rl, kl, kl_reverse, js, js_true, random, none, all, or your own as
+        module:name
       tau: threshold of the criterion: nats, or a probability for random (pair)
       gamma: strength of the extrapolation; 0 is replacement by rl (pair)
       sample_from: the model that proposes each token (pair)
@@ -67,7 +65,7 @@ class Setting:
 
     name: Annotated[str, Text(_NAME, r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}", empty=True)] = ""
     model: Literal["base", "rl", "pair"] | None = None
-    criterion: Criterion | None = None
+    criterion: CriterionName | None = None
     tau: Annotated[float, Range(-10_000.0, 10_000.0)] | None = None
     gamma: Gamma = 0.0
     sample_from: Literal["base", "rl"] = "base"
@@ -93,7 +91,7 @@ class Grid:
       sample_from: which model proposes each token
     """
 
-    criteria: Annotated[tuple[Criterion, ...], Several(0)] = ()
+    criteria: Annotated[tuple[CriterionName, ...], Several(0)] = ()
     taus: Annotated[tuple[Name, ...], Several(0)] = ()
     gammas: Annotated[tuple[Gamma, ...], Several()] = (0.0,)
     sample_from: Annotated[tuple[Literal["base", "rl"], ...], Several()] = ("base",)
@@ -221,6 +219,7 @@ class DecodeConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     mesh: MeshConfig = MeshConfig()
     compile_cache: PathText | None = "auto"
+    changed_code: bool = False
     save_tokens: bool = False
     print_table: bool = True
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
@@ -273,24 +272,28 @@ def unmarked(setting: Setting) -> Setting:
 
 def _check_pair(where: str, setting: Setting) -> None:
     if setting.criterion is None:
-        raise ValueError(f"{where}criterion missing: expected one of {', '.join(CRITERIA)}")
-    if setting.tau is not None and setting.criterion in ALWAYS_DECIDED:
+        raise ValueError(f"{where}criterion missing: expected one of {', '.join(CRITERIA)}, or module:name of your own")
+    criterion = criterion_of(setting.criterion)
+    decided = criterion.constant is not None
+    if setting.tau is not None and decided:
         raise ValueError(f"{where}tau={setting.tau}: criterion {setting.criterion} looks at no threshold")
-    if setting.tau is None and setting.share is None and setting.criterion not in ALWAYS_DECIDED:
+    if setting.tau is None and setting.share is None and not decided:
         raise ValueError(
             f"{where}tau missing: criterion {setting.criterion} needs a threshold, or --match-rate to find one"
         )
-    if setting.share is not None and (setting.tau is not None or setting.criterion in ALWAYS_DECIDED):
+    if setting.share is not None and (setting.tau is not None or decided):
         given = f"tau={setting.tau}" if setting.tau is not None else f"criterion {setting.criterion}"
         raise ValueError(f"{where}share={setting.share} and {given}: expected only one of them")
-    if setting.top_logprobs is not None and setting.criterion == "js_true":
-        raise ValueError(f"{where}top_logprobs={setting.top_logprobs}: criterion js_true has no published form")
+    if setting.top_logprobs is not None and not criterion.takes_top_logprobs:
+        raise ValueError(
+            f"{where}top_logprobs={setting.top_logprobs}: criterion {setting.criterion} has no published form"
+        )
 
 
 def _name(setting: Setting, model: str) -> str:
     parts = [model]
     if model == "pair":
-        parts = [str(setting.criterion)]
+        parts = [str(setting.criterion).replace(":", ".")]
         if setting.tau is not None:
             parts.append(f"tau{setting.tau:g}")
         if setting.share is not None:

@@ -14,7 +14,8 @@ from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.data.tasks import is_tasks
 from rlvr_jax.data.template_args import check_template_args
 from rlvr_jax.data.text import Tokenizer, encode_text, load_tokenizer, render_chat, stop_token_ids
-from rlvr_jax.fingerprint import of_file, of_model, of_tokenizer
+from rlvr_jax.entries import is_own
+from rlvr_jax.fingerprint import of_code, of_file, of_model, of_tokenizer
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import checkpoint_folder
 from rlvr_jax.models.hf_folder import count_weights
@@ -68,6 +69,8 @@ def read_inputs(config: DecodeConfig) -> Inputs:
     _check_lengths(config, models, problems, prompts)
     fingerprints = {"problem file": _hash_problems(config.problems, problems)}
     fingerprints |= of_pair(folders, tokenizer, tokenizer_folder)
+    own = {setting.criterion for setting in config.settings} | set(config.graders)
+    fingerprints |= of_code(("criterion or grader", name) for name in own if is_own(name))
     return Inputs(
         tokenizer=tokenizer,
         folders=folders,

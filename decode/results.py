@@ -21,6 +21,7 @@ from decode.config import DecodeConfig
 from decode.inputs import Inputs
 from decode.parts import JsonLines, part_names, read_part, set_aside, write_part
 from rlvr_jax.files import atomic_path, parse_json, write_json
+from rlvr_jax.fingerprint import CODE
 from rlvr_jax.paths import at_home, same_place
 from rlvr_jax.run_folder import own_config
 
@@ -28,7 +29,7 @@ from rlvr_jax.run_folder import own_config
 FREE_TO_CHANGE = (
     *("out", "setting", "settings", "grid", "match_rate", "controls", "seeds", "limit"),
     *("print_table", "slots", "memory", "block", "mesh", "compile_cache", "distributed"),
-    *("grader_workers", "grader_sandbox", "unsafe_evaluation"),
+    *("grader_workers", "grader_sandbox", "unsafe_evaluation", "changed_code"),
 )
 # Of inputs whose path may differ: the fingerprints that then must not.
 CONTENT_OF = {
@@ -266,6 +267,8 @@ def require_same_decode(folder: Path, now: Mapping[str, Any], free: Collection[s
         if not (key in CONTENT_OF and _one_place(before[key], now[key])):
             _same(folder, key, before[key], now[key])
     for name, value in content.items():
+        if name.startswith(CODE) and now.get("changed_code"):
+            continue
         if name in inputs and value != inputs[name]:
             raise ValueError(
                 f"out = {folder}: it holds results of other content of the {name}, which has changed since; "

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from typing import cast, get_args
 
 from decode.config import (
-    ALWAYS_DECIDED,
     Control,
-    Criterion,
     DecodeConfig,
     Grid,
     Role,
@@ -16,8 +14,7 @@ from decode.config import (
     resolve_setting,
     unmarked,
 )
-
-SIGNED = ("delta_logp", "neg_delta_logp")  # the criteria whose value, and so whose tau, may be negative
+from rlvr_jax.criteria import criterion_of
 
 
 def resolve(config: DecodeConfig) -> DecodeConfig:
@@ -73,7 +70,7 @@ def _from_grid(config: DecodeConfig) -> list[Setting]:
     if grid.taus and config.match_rate:
         raise ValueError("grid.taus and match_rate: expected only one of them")
     for key, given in (("grid.taus", grid.taus), ("match_rate", config.match_rate)):
-        if given and set(grid.criteria) <= set(ALWAYS_DECIDED):
+        if given and all(criterion_of(name).constant is not None for name in grid.criteria):
             raise ValueError(f"{key}={given}: none of grid.criteria={grid.criteria} looks at a threshold")
     template = dataclasses.replace(single, model="pair")
     settings = []
@@ -90,9 +87,10 @@ def _from_grid(config: DecodeConfig) -> list[Setting]:
     return settings
 
 
-def _thresholds(config: DecodeConfig, grid: Grid, criterion: Criterion) -> list[tuple[float | None, float | None]]:
+def _thresholds(config: DecodeConfig, grid: Grid, criterion: str) -> list[tuple[float | None, float | None]]:
     """(tau, share) pairs of one criterion, one of them None."""
-    if criterion in ALWAYS_DECIDED:
+    how = criterion_of(criterion)
+    if how.constant is not None:
         return [(None, None)]
     if config.match_rate:
         return [(None, share) for share in config.match_rate]
@@ -105,7 +103,7 @@ def _thresholds(config: DecodeConfig, grid: Grid, criterion: Criterion) -> list[
             raise ValueError(f"grid.taus has {text!r}: expected a number or criterion=number") from error
         if equals and name not in grid.criteria:
             raise ValueError(f"grid.taus has {text!r}: {name!r} is not in grid.criteria={grid.criteria}")
-        if not equals and tau < 0 and criterion not in SIGNED:
+        if not equals and tau < 0 and not how.signed:
             raise ValueError(
                 f"grid.taus has {text!r}: {criterion} is never negative, so it would select every token; "
                 f"give criterion=number for each criterion, or --match-rate"

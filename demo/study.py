@@ -6,9 +6,9 @@ a replaced token changes what follows; results are plotted at the share reached.
 
 import dataclasses
 
-from decode.config import Criterion, Setting
+from decode.config import Setting
 
-SHARES: dict[Criterion, tuple[float, ...]] = {
+SHARES: dict[str, tuple[float, ...]] = {
     "delta_logp": (0.01, 0.025, 0.05, 0.1),
     "abs_delta_logp": (0.025, 0.05, 0.1),
     "kl": (0.025, 0.05, 0.1, 0.25),

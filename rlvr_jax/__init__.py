@@ -3,18 +3,11 @@
 Everything a researcher composes, and nothing else; the docstring of each name gives shapes, units and sources.
 """
 
+from rlvr_jax.criteria import fires
 from rlvr_jax.decoding.generate import Generation
 from rlvr_jax.decoding.sampling import filtered_logprobs, sample
 from rlvr_jax.decoding.selective import SelectiveGeneration
-from rlvr_jax.direction import (
-    delta_logp,
-    entropy,
-    extrapolate,
-    fires,
-    js_average,
-    js_divergence,
-    kl_divergence,
-)
+from rlvr_jax.direction import delta_logp, entropy, extrapolate, js_average, js_divergence, kl_divergence
 from rlvr_jax.evaluation import avg_at_k, maj_at_k, pass_at_k
 from rlvr_jax.generation import generate, generate_selective
 from rlvr_jax.microscope.columns import TokenColumns

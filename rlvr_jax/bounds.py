@@ -13,8 +13,10 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
+
+from rlvr_jax.entries import OWN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +76,15 @@ class Text:
         return "\0" not in value and re.fullmatch(self.pattern, value) is not None
 
     @classmethod
-    def one_of(cls, names: Sequence[str]) -> "Text":
+    def one_of(cls, names: Iterable[str]) -> "Text":
         """One of some names."""
         return cls(f"one of {', '.join(names)}", "|".join(map(re.escape, names)))
+
+    @classmethod
+    def entry_of(cls, table: Iterable[str]) -> "Text":
+        """The name of an entry of a table, or "module:name" of the user's own (`rlvr_jax.entries`)."""
+        names = tuple(table)
+        return cls(f"one of {', '.join(names)}, or module:name of your own", "|".join((*map(re.escape, names), OWN)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from rlvr_jax.entries import source_sha256
 
 BLOCKS, BLOCK_BYTES = 1024, 1 << 14  # what is read of a large weight file
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -19,6 +22,14 @@ def of_file(path: Path) -> str:
 def of_values(values: Any) -> str:
     """SHA-256 of plain values, such as JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+CODE = "code of "
+
+
+def of_code(functions: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Fingerprints of the user's own functions, given as (key, "module:name"): of a module's file, not its imports."""
+    return {f"{CODE}{key}={name}": source_sha256(name) for key, name in functions}
 
 
 def of_tokenizer(chat_template: Any, folder: Path | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rlvr_jax.criteria import Named
 from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.decoding.batch import Ids, Prompts, check_prompts, check_stop_tokens
 from rlvr_jax.decoding.checks import Numbers, check_count
@@ -95,7 +96,7 @@ def generate_selective(
     params_rl: Params,
     prompts: Prompts,
     *,
-    criterion: str,
+    criterion: Named,
     tau: Numbers | None,
     gamma: Numbers,
     max_new_tokens: int,

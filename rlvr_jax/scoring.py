@@ -1,27 +1,25 @@
 """Given responses scored by two models at once: the numbers that criteria compare with their thresholds.
 
 Teacher forcing: every token of a response is judged as `decode_selective` would have judged it, given the tokens before
-it. So a threshold for a wanted share of tokens is a quantile of these numbers (`threshold_for_share`). `score_texts` is
-the loop that reads texts with both models; what it measures is its caller's.
+it. So a threshold for a wanted share of tokens is a quantile of these numbers (`criteria.threshold_for_share`).
+`score_texts` is the loop that reads texts with both models; what it measures is its caller's.
 """
 
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 
-from rlvr_jax.checks import require
+from rlvr_jax.criteria import MEASURED, criterion_of, criterion_value
 from rlvr_jax.decoding.batch import Prompts
 from rlvr_jax.decoding.checks import check_count, check_tokens
 from rlvr_jax.decoding.selective import make_rule
-from rlvr_jax.direction import CRITERIA, FIRES_BELOW, criterion_value, fires_at
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.vocabulary import common_vocabulary
@@ -30,7 +28,6 @@ from rlvr_jax.typing import Array
 
 Params = Any
 
-MEASURED = tuple(name for name in CRITERIA if name not in ("random", "none", "all"))
 PIECE = 256  # tokens of a row that the models read at once: attention scores take [B, heads, piece, length]
 _SMALLEST = 32
 
@@ -51,7 +48,7 @@ def criterion_values(
     chunk: int = 512,
     mesh: Mesh | None = None,
 ) -> dict[str, list[np.ndarray]]:
-    """`direction.criterion_value` of every response token under both models, without a [B, T, V] array.
+    """`criteria.criterion_value` of every response token under both models, without a [B, T, V] array.
 
     Rows are right-padded to a few lengths and read by both models in pieces, as a prompt is prefilled; the logits of at
     most `chunk` tokens are there at a time. One program is compiled for each of those lengths.
@@ -61,8 +58,8 @@ def criterion_values(
         config's `compute_dtype`, as in `generate_selective`.
       prompts: token ids before each response, at least one.
       responses: token ids that are scored.
-      criteria: names from `direction.CRITERIA`, not random, none or all, which measure nothing.
-      top_logprobs, sample_from: as in `direction.criterion_value`.
+      criteria: some of `criteria.CRITERIA`, or module:name; not random, none or all, which measure nothing.
+      top_logprobs, sample_from: as in `criteria.criterion_value`.
       cache_dtype: what keys and values are read back from, as in `generation.language_model`.
       batch_tokens: tokens, padding included, in a batch: both models' caches for so many are held.
       chunk: tokens whose logits (and several arrays of their size) are held at a time.
@@ -77,7 +74,7 @@ def criterion_values(
     if isinstance(criteria, str):
         raise ValueError(f"criteria={criteria!r}: expected a list of names, some of {', '.join(MEASURED)}")
     for criterion in criteria:
-        if criterion not in MEASURED:
+        if not criterion_of(criterion).measures:
             raise ValueError(f"criteria has {criterion!r}: expected some of {', '.join(MEASURED)}")
         make_rule(criterion, 0.0, sample_from=sample_from, top_logprobs=top_logprobs)
     rule = ScoreRule(tuple(criteria), top_logprobs, sample_from, chunk)
@@ -91,54 +88,6 @@ def criterion_values(
         for name, value_T in measured.items():
             found[name][row] = value_T
     return found
-
-
-class Threshold(NamedTuple):
-    """A threshold and what it does to the values it was chosen from.
-
-    Attributes:
-      tau: the threshold.
-      share_selected: the share of the values that `direction.fires` selects at tau.
-      tied: the share of the values that are equal to the last one selected: with many (exact zeros, say) no threshold
-        selects the wanted share.
-    """
-
-    tau: float
-    share_selected: float
-    tied: float
-
-
-def threshold_for_share(criterion: str, values: ArrayLike | Sequence[float], share: float) -> Threshold:
-    """The threshold at which a criterion selects the share of `values` that is nearest to the wanted one.
-
-    It lies halfway between two neighbouring values where float32 has a number between them, so that rounding does not
-    flip a token. "random" needs no values: its threshold is the share itself.
-
-    Args:
-      criterion: one of `direction.CRITERIA` but none and all.
-      values: [tokens], from `criterion_values`.
-      share: above 0 and below 1.
-    """
-    if criterion not in (*MEASURED, "random"):
-        raise ValueError(f"criterion={criterion!r}: expected one of {', '.join((*MEASURED, 'random'))}")
-    require("share", share, "a number above 0 and below 1", lambda x: (x > 0) & (x < 1))
-    if criterion == "random":
-        return Threshold(share, share, 0.0)
-    values_N = np.asarray(values, np.float32)
-    if values_N.ndim != 1 or values_N.size == 0 or np.isnan(values_N).any():
-        raise ValueError(f"values has shape {values_N.shape}: expected one number a token, at least one, no NaN")
-    below = criterion in FIRES_BELOW
-    # The values from the one that is selected first; those that are equal are selected together.
-    distinct_M, count_M = np.unique(values_N if below else -values_N, return_counts=True)
-    shares_M = np.cumsum(count_M) / values_N.size
-    last = int(np.argmin(np.abs(shares_M - share)))
-    tau = distinct_M[last]
-    if last + 1 < len(distinct_M) and np.isfinite(distinct_M[last : last + 2]).all():
-        middle = np.float32((np.float64(tau) + np.float64(distinct_M[last + 1])) / 2)
-        tau = middle if tau <= middle < distinct_M[last + 1] else tau
-    tau = float(tau if below else -tau)
-    selected_N = np.asarray(fires_at(criterion, values_N, tau))
-    return Threshold(tau, float(selected_N.mean()), float(count_M[last] / values_N.size))
 
 
 @runtime_checkable

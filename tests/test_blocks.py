@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlvr_jax.criteria import CRITERIA
 from rlvr_jax.decoding.batch import make_queue
 from rlvr_jax.decoding.blocks import BlockChoice, block_cost, expected_tokens
 from rlvr_jax.decoding.engine import EngineStats, serve
 from rlvr_jax.decoding.selective import decode_selective, make_rule
-from rlvr_jax.direction import CRITERIA, extrapolate
+from rlvr_jax.direction import extrapolate
 from rlvr_jax.generation import generate_selective, language_model
 from rlvr_jax.sharding import make_mesh
 from tests.decoding_tools import chi_square, softmax, tiny_qwen, toy_logits, toy_model, toy_params

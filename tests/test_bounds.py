@@ -18,8 +18,6 @@ from decode.config import DecodeConfig, Setting
 from decode.diagnose_config import DiagnoseConfig, PageCommand
 from demo import __main__ as demo
 from rlvr_jax.bounds import Range, Several, Text, faults, mark_of, parts, require, union_arms
-from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
-from rlvr_jax.objectives.policy import POLICY_LOSSES
 from train import config as c
 from train import plan, prepare, report, sft
 from train.report import ReportConfig
@@ -256,7 +254,14 @@ def test_a_field_without_bounds_is_a_mistake():
             require(config)
 
 
-def test_the_literals_are_the_tables():
-    hints = typing.get_type_hints(c.AlgorithmConfig)
-    assert typing.get_args(hints["loss"]) == POLICY_LOSSES
-    assert typing.get_args(hints["importance"]) == IMPORTANCE_WEIGHTS
+@pytest.mark.parametrize("key", ["loss", "aggregation", "reweight.kind", "loss_mask.kind"])
+def test_a_choice_is_an_entry_of_its_table_or_the_user_s_own(key):
+    head, _, rest = key.partition(".")
+
+    def faults_of(name):
+        part = dataclasses.replace(getattr(c.AlgorithmConfig(), head), **{rest: name}) if rest else name
+        return [fault.key for fault in faults(dataclasses.replace(c.AlgorithmConfig(), **{head: part}))]
+
+    assert faults_of("my_module.part:name.inside") == []
+    for wrong in ("no_such_name", "module:", ":name", "module:na me", "a:b:c"):
+        assert faults_of(wrong) == [key]

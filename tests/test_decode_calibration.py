@@ -11,7 +11,7 @@ import pytest
 import decode.calibrate
 import decode.run
 from decode.config import Calibration, Controls, DecodeConfig, Grid, MeshConfig, Setting
-from rlvr_jax.direction import fires
+from rlvr_jax.criteria import fires
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.program import RunError
 from tests.decoding_tools import full_logprobs

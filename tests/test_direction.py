@@ -7,18 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlvr_jax.direction import (
-    CRITERIA,
-    criterion_value,
-    delta_logp,
-    entropy,
-    extrapolate,
-    fires,
-    js_average,
-    js_divergence,
-    kl_divergence,
-    published_top_logprobs,
-)
+from rlvr_jax.criteria import CRITERIA, criterion_value, fires
+from rlvr_jax.direction import delta_logp, entropy, extrapolate, js_average, js_divergence, kl_divergence
+from rlvr_jax.top_logprobs import published_top_logprobs
 
 INF = np.inf
 LOG2 = np.log(2.0)

@@ -28,9 +28,9 @@ from tests.test_train_wiring import Recorder, problems
 from tests.tiny import tiny_config
 from train import budget
 from train import config as c
-from train.dapo import scalars
 from train.dry_run import dry_run, report
 from train.examine import examine
+from train.objective import scalars
 from train.prepare import configuration
 from train.programs import make_optimizer, make_programs, placed_like_params
 from train.rollout import Collector

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 import rlvr_jax as rj
-from rlvr_jax.direction import CRITERIA, criterion_value, fires_at, published_top_logprobs
+from rlvr_jax.criteria import CRITERIA, criterion_value, fires_at
 from rlvr_jax.evaluation import _checked, maj_per_problem
 from rlvr_jax.objectives.diagnostics import logit_gradient_l1, shares_by_probability, token_weights, weight_statistics
 from rlvr_jax.objectives.masks import TOKEN_MASKS
 from rlvr_jax.objectives.reweight import REWEIGHTINGS
 from rlvr_jax.objectives.segments import response_begins, response_sums
+from rlvr_jax.top_logprobs import published_top_logprobs
 
 # Whole numbers only, so that every dtype holds them.
 LOGP = np.array([[0, -1, -3, -2], [-2, 0, -1, -1]])

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlvr_jax.models.qwen import init_params
+from rlvr_jax.dapo import sequence_logprobs
+from rlvr_jax.models.qwen import init_params, model_apply
 from rlvr_jax.objectives.logprobs import chunked_logprobs, token_logprobs
 from rlvr_jax.objectives.policy import aggregate
 from rlvr_jax.sharding import make_mesh
 from tests.tiny import tiny_config
-from train.dapo import model_apply, sequence_logprobs
 
 V = 6
 RNG = np.random.default_rng(0)

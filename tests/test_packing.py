@@ -6,14 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from rlvr_jax.data.packing import pack, places
-from rlvr_jax.models.qwen import default_positions, hidden_states, init_params
+from rlvr_jax.dapo import make_scorer
+from rlvr_jax.data.packing import PackedRows, pack, places
+from rlvr_jax.models.qwen import default_positions, hidden_states, init_params, model_apply
 from rlvr_jax.objectives.policy import AGGREGATIONS, aggregate
 from rlvr_jax.training import TrainState, make_accumulating_step, make_train_step
 from tests.tiny import tiny_config
 from train.config import AlgorithmConfig, ReweightConfig
-from train.dapo import make_loss, make_scorer, model_apply, scalars
-from train.packed import PackedRows
+from train.objective import make_loss, scalars
 
 
 def test_hand_made_packing():

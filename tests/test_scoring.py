@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from rlvr_jax import scoring
-from rlvr_jax.direction import criterion_value, fires
+from rlvr_jax.criteria import MEASURED, criterion_value, fires, threshold_for_share
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.qwen import init_params
-from rlvr_jax.scoring import MEASURED, criterion_values, threshold_for_share
+from rlvr_jax.scoring import criterion_values
 from rlvr_jax.sharding import make_mesh
 from tests.decoding_tools import full_logprobs, tiny_qwen
 from tests.tiny import tiny_config

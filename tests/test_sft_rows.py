@@ -9,13 +9,12 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlvr_jax.data.packing import PackedRows
 from rlvr_jax.data.prompts import prompt_batches
-from rlvr_jax.models.qwen import init_params
+from rlvr_jax.models.qwen import init_params, model_apply
 from rlvr_jax.sharding import make_mesh
 from rlvr_jax.training import TrainState, make_accumulating_step
 from tests.tiny import tiny_config, tiny_tokenizer
-from train.dapo import model_apply
-from train.packed import PackedRows
 from train.sft_rows import Conversation, Rows, encode
 from train.sft_step import make_loss, update
 

@@ -10,16 +10,17 @@ import pytest
 
 from rlvr_jax.models.attention import _copied
 from rlvr_jax.models.embedding import embed_tokens
-from rlvr_jax.models.qwen import init_params, param_axes
+from rlvr_jax.models.qwen import init_params, model_apply, param_axes
 from rlvr_jax.models.tokens import TokenLayout
 from rlvr_jax.objectives.policy import AGGREGATIONS, aggregate, cispo_loss, gspo_loss, policy_loss
 from rlvr_jax.objectives.segments import response_sums
+from rlvr_jax.objectives.tokens import Tokens
 from rlvr_jax.scatter import _added, _summed_in_order, scatter_sum
 from rlvr_jax.sharding import ShardingRules, make_mesh
 from rlvr_jax.training import TrainState, make_train_step
 from tests.tiny import tiny_config
 from train.config import AlgorithmConfig, MaskConfig, ReweightConfig
-from train.dapo import advantages, make_loss, model_apply, scalars
+from train.objective import advantages, make_loss, scalars
 
 MANY = 8192  # a sum of so many ones in bfloat16 is 256
 
@@ -193,8 +194,8 @@ def test_no_float_is_added_by_atomics_on_a_gpu():
         ReweightConfig("shuffled"),
     ):
         algorithm = AlgorithmConfig(train_batch=4, reweight=reweighting)
-        arguments = (ones[:, 0], group, ones, ones, ones, None, np.float32(0.5), jax.random.key(0))
-        lowered = advantages.trace(algorithm, *arguments).lower(lowering_platforms=("cuda",))
+        tokens = Tokens(ones, ones, ones, group_B=group, key=jax.random.key(0))
+        lowered = advantages.trace(algorithm, ones[:, 0], tokens, np.float32(0.5)).lower(lowering_platforms=("cuda",))
         assert not shared_float_scatters(lowered.as_text())
     atomic = jax.jit(lambda x, i: jnp.zeros(4).at[i].add(x)).trace(ones[0], np.zeros(16, np.int32))
     assert len(shared_float_scatters(atomic.lower(lowering_platforms=("cuda",)).as_text())) == 1

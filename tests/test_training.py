@@ -4,7 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from rlvr_jax.models.qwen import init_params, param_axes
+from rlvr_jax.dapo import make_scorer
+from rlvr_jax.models.qwen import init_params, model_apply, param_axes
+from rlvr_jax.objectives.tokens import Tokens
 from rlvr_jax.sharding import ShardingRules, make_mesh
 from rlvr_jax.training import (
     TrainState,
@@ -16,7 +18,7 @@ from rlvr_jax.training import (
 )
 from tests.tiny import tiny_config
 from train.config import AlgorithmConfig, MaskConfig, ReweightConfig
-from train.dapo import advantages, make_loss, make_scorer, model_apply, scalars
+from train.objective import advantages, loss_arrays, make_loss, scalars
 
 P, R, N, GROUPS = 5, 7, 16, 4
 
@@ -196,13 +198,10 @@ def dapo_update(mesh_sizes, micro_batches, algorithm):
         old_logp, entropy = (x[:, P:] for x in make_scorer(apply, chunk=16)(params, tokens, mask, np.float32(1.0)))
         # an older policy, so that ratios differ from 1
         old_logp = old_logp - 0.3 * jnp.sin(jnp.arange(R)) * response
-        _, weighted, loss_mask, chosen = advantages(
-            algorithm, score, group, response, old_logp, entropy, None, np.float32(0.5), jax.random.key(3)
-        )
-        batch = {"tokens_BT": tokens, "segment_BT": mask} | scalars(algorithm, 1.0)
-        batch |= at_tokens(
-            old_logp_BT=old_logp, advantages_BT=weighted, loss_mask_BT=loss_mask, reweight_mask_BT=chosen
-        )
+        given = Tokens(response, old_logp, entropy, group_B=group, key=jax.random.key(3))
+        _, made = advantages(algorithm, score, given, np.float32(0.5))
+        batch = {"tokens_BT": tokens, "segment_BT": mask} | scalars(algorithm, 1.0) | at_tokens(**loss_arrays(made))
+        weighted = made.advantages_BT
         state = TrainState.create(params, optimizer)
         step = make_train_step(
             apply,
@@ -299,11 +298,10 @@ def test_padding_rows_count_for_nothing(one_device):
     tokens, mask, response, group, score = (x[:12] for x in rows)
     old_logp, entropy = (x[:, P:] for x in make_scorer(apply, chunk=16)(params, tokens, mask, np.float32(1.0)))
     old_logp = old_logp - 0.3 * jnp.sin(jnp.arange(R)) * response
-    _, weighted, loss_mask, chosen = advantages(
-        PAPER, score, group, response, old_logp, entropy, None, np.float32(0.5), jax.random.key(3)
-    )
-    batch = {"tokens_BT": tokens, "segment_BT": mask} | scalars(PAPER, 1.0)
-    batch |= at_tokens(old_logp_BT=old_logp, advantages_BT=weighted, loss_mask_BT=loss_mask, reweight_mask_BT=chosen)
+    given = Tokens(response, old_logp, entropy, group_B=group, key=jax.random.key(3))
+    _, made = advantages(PAPER, score, given, np.float32(0.5))
+    batch = {"tokens_BT": tokens, "segment_BT": mask} | scalars(PAPER, 1.0) | at_tokens(**loss_arrays(made))
+    weighted = made.advantages_BT
     step = make_train_step(apply, optimizer, make_loss(PAPER, chunk=16, max_response=R))
     before = jax.tree.map(np.array, params)
     state, metrics = step(TrainState.create(params, optimizer), batch)

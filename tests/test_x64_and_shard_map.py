@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import rlvr_jax as rj
+from rlvr_jax.criteria import CRITERIA
 from rlvr_jax.decoding.generate import decode
-from rlvr_jax.direction import CRITERIA
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.qwen import hidden_states, unembedding
 from rlvr_jax.scoring import criterion_values

@@ -26,8 +26,9 @@ from rlvr_jax.bounds import (
 )
 from rlvr_jax.data.template_args import TemplateArgs
 from rlvr_jax.distributed import DistributedConfig
-from rlvr_jax.objectives.masks import TOKEN_MASKS
-from rlvr_jax.objectives.policy import AGGREGATIONS
+from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
+from rlvr_jax.objectives.masks import TOKEN_MASKS, token_mask_of
+from rlvr_jax.objectives.policy import AGGREGATIONS, LOSSES
 from rlvr_jax.objectives.reweight import REWEIGHTINGS
 from rlvr_jax.rewards.pool import RuleName
 
@@ -129,20 +130,20 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MaskConfig:
-    kind: Annotated[str, Text.one_of(TOKEN_MASKS)] = "all"
-    """A kind of `rlvr_jax.token_mask`; "all": every response token."""
+    kind: Annotated[str, Text.entry_of(TOKEN_MASKS)] = "all"
+    """A kind of `rlvr_jax.token_mask`, or "module:name" of your own; "all": every response token."""
     quantile: Share = 0.8
 
     @property
     def needs_reference(self) -> bool:
         """Whether the kind compares with the reference (base) model, which then runs over every batch."""
-        return self.kind.endswith("delta_logp")
+        return token_mask_of(self.kind).reference
 
 
 @dataclasses.dataclass(frozen=True)
 class ReweightConfig:
-    kind: Annotated[str, Text.one_of(REWEIGHTINGS)] = "none"
-    """A kind of `rlvr_jax.reweight`; "low_prob" is the paper's."""
+    kind: Annotated[str, Text.entry_of(REWEIGHTINGS)] = "none"
+    """A kind of `rlvr_jax.reweight`, or "module:name" of your own; "low_prob" is the paper's."""
     alpha: Annotated[float, Range(-100.0, 100.0)] = 0.2
     """Strength; below 0 it favours what the kind otherwise holds back."""
     where: Literal["all", "positive", "negative"] = "all"
@@ -155,10 +156,11 @@ class AlgorithmConfig:
     reweight: ReweightConfig = ReweightConfig()
     loss_mask: MaskConfig = MaskConfig()
     """Only these tokens enter the loss."""
-    loss: Literal["dapo", "gspo", "cispo"] = "dapo"
+    loss: Annotated[str, Text.entry_of(LOSSES)] = "dapo"
     """dapo: the clipped loss of each token, which is that of PPO, GRPO and Dr. GRPO too (their clips, aggregation,
     normalize_by_std and kl_coef make the difference); gspo: one ratio and one clip a response; cispo: clipped weights.
-    The clips below are dapo's; gspo's are a thousand times smaller, see the recipes."""
+    The clips below are dapo's; gspo's are a thousand times smaller, see the recipes. "module:name": a function
+    (logp_BT, tokens, clips) -> (loss_BT, metrics) of your own (docs/extend.md)."""
     normalize_by_std: bool = True
     """Divide advantages by the standard deviation of the group's scores. Dr. GRPO does not."""
     clip_low: Share = 0.2
@@ -169,12 +171,12 @@ class AlgorithmConfig:
     """Bound of the ratio where the advantage is negative (loss "dapo" alone); None: none."""
     kl_coef: Annotated[float, Range(0.0, 1000.0)] = 0.0
     """Weight of the KL penalty against the base model in the loss of each token; more than 0 runs that model beside."""
-    importance: Literal["none", "token", "sequence"] = "none"
+    importance: Annotated[str, Text.one_of(IMPORTANCE_WEIGHTS)] = "none"
     """Truncated importance weights of the loss where sampler and trainer disagree: of each token, or of each response.
     The sampler's log-probs are those before top-p and top-k, so the weights do not undo these filters."""
     importance_cap: Annotated[float, Range(0.0, 1e6, "(]")] = 2.0
     """The largest such weight."""
-    aggregation: Annotated[str, Text.one_of(AGGREGATIONS)] = "token-mean"
+    aggregation: Annotated[str, Text.entry_of(AGGREGATIONS)] = "token-mean"
     dynamic_sampling: bool = True
     """Keep only groups whose accuracy varies (under a reward rule with graded scores: whose scores vary)."""
     max_generation_batches: Count = 10
@@ -247,6 +249,8 @@ class CheckpointConfig:
     fallback: bool = False
     """Where the newest checkpoint is damaged, resume from the newest whole one before it (the damaged one is renamed to
     N.damaged). Without it a run with a damaged checkpoint is refused."""
+    changed_code: bool = False
+    """Resume although the file of a function of your own ("module:name") is not what the run began with."""
     generated: bool = True
     """Keep graded generation batches in run_dir/generated until a checkpoint covers them: a killed run reads them
     again instead of decoding them again. 8 bytes a response token on disk."""

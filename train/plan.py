@@ -33,12 +33,11 @@ from rlvr_jax.planning.topology import fill
 from rlvr_jax.program import config_dict
 from rlvr_jax.sharding import MESH_AXES, TPU_OPTIONS, batch_shards
 from train.config import Config
-from train.dapo import scalars
+from train.objective import loss_dtypes, scalars
 from train.prepare import MICRO_ROWS, check_shards, configuration, micro_rows, value_faults
-from train.programs import loss_inputs, make_optimizer, make_programs, placed_like_params, row_length
+from train.programs import make_optimizer, make_programs, placed_like_params, row_length
 
 PROGRAMS = ("update", "optimizer", "score", "weights", "prefill", "rollout")
-_INTEGERS = ("loss_mask_BT", "reweight_mask_BT", "response_BT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,12 +284,9 @@ class _Run:
         )
 
     def _batch(self) -> dict[str, Any]:
-        names = ("tokens_BT", "segment_BT", *loss_inputs(self.config.algorithm))
-        whole, shape = ("tokens_BT", "segment_BT", *_INTEGERS), (self.rows, self.length)
-        batch = {
-            name: placed(self.mesh, shape, jnp.int32 if name in whole else jnp.float32, ("batch", "time"))
-            for name in names
-        }
+        dtypes = {"tokens_BT": jnp.int32, "segment_BT": jnp.int32} | loss_dtypes(self.config.algorithm)
+        shape = (self.rows, self.length)
+        batch = {name: placed(self.mesh, shape, dtype, ("batch", "time")) for name, dtype in dtypes.items()}
         values = scalars(self.config.algorithm, self.config.rollout.temperature)
         return batch | {name: jax.ShapeDtypeStruct((), x.dtype, sharding=self.whole) for name, x in values.items()}
 

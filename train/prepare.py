@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from rlvr_jax.bounds import Fault, faults
@@ -18,15 +19,17 @@ from rlvr_jax.data.template_args import check_template_args
 from rlvr_jax.data.text import Tokenizer, load_tokenizer, stop_token_ids
 from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.distributed import cluster, identity, initialize
-from rlvr_jax.fingerprint import of_values
+from rlvr_jax.fingerprint import of_code, of_values
 from rlvr_jax.models.config import QwenConfig, platform_dtype
 from rlvr_jax.models.hf import checkpoint_folder
 from rlvr_jax.models.hf_folder import count_weights
+from rlvr_jax.objectives.reweight import reweighting_of
 from rlvr_jax.program import config_dict, parse_config
 from rlvr_jax.rewards.pool import GraderPool
 from rlvr_jax.run_folder import RunFolder
 from rlvr_jax.sharding import MESH_AXES, batch_shards, make_mesh
-from train.config import MAY_CHANGE, Config, MeshConfig
+from train.config import MAY_CHANGE, AlgorithmConfig, Config, MeshConfig
+from train.objective import check_functions, own_functions
 from train.problems import tokenized, training_problems, validation_problems
 from train.resume import resumable, run_folder
 from train.same_run import model_inputs, record_of
@@ -124,6 +127,7 @@ def check(config: Config) -> Job:
             "answers of data.train": of_values([problem.answer for problem in train.problems]),
             "stop tokens": of_values(stop_tokens),
             **model_inputs("model.path", folder, tokenizer, folder),
+            **of_code(own_functions(config)),
         },
         [json.dumps([train.tokens, [p.answer for p in train.problems]]).encode()],
     )
@@ -165,7 +169,7 @@ def value_faults(config: Config) -> Iterator[Fault]:
 
 def _together(config: Config, known: Callable[..., bool]) -> Iterator[Fault]:
     """What does not go together, among the keys that are `known` to be in their bounds."""
-    algorithm, rollout, reweight = config.algorithm, config.rollout, config.algorithm.reweight
+    algorithm, rollout = config.algorithm, config.rollout
     if config.model.attention == "cudnn" and algorithm.packing:
         yield Fault(
             "model.attention", "model.attention=cudnn takes one response a row: expected --algorithm.no-packing with it"
@@ -209,17 +213,27 @@ def _together(config: Config, known: Callable[..., bool]) -> Iterator[Fault]:
             "algorithm.clip_low",
             f"algorithm.clip_low={algorithm.clip_low}: expected below 1 (1 is no bound, for loss cispo alone)",
         )
-    if known(key := "algorithm.reweight.alpha") and reweight.alpha <= 0:
-        if reweight.kind == "inverse":
-            yield Fault(key, f"{key}={reweight.alpha}: 'inverse' needs more than 0")
-        if reweight.kind == "current_focal" and reweight.alpha < 0:
-            yield Fault(key, f"{key}={reweight.alpha}: 'current_focal' needs at least 0")
+    choices = ("loss", "aggregation", "importance", "reweight.kind", "reweight.mask.kind", "loss_mask.kind")
+    if known("algorithm.reweight.alpha", *(f"algorithm.{key}" for key in choices)):
+        yield from _of_functions(algorithm)
     if known("reward.overlong_buffer", "rollout.max_response") and config.reward.overlong_buffer > rollout.max_response:
         yield Fault(
             "reward.overlong_buffer",
             f"reward.overlong_buffer={config.reward.overlong_buffer}: expected 0 to rollout.max_response="
             f"{rollout.max_response} tokens",
         )
+
+
+def _of_functions(algorithm: AlgorithmConfig) -> Iterator[Fault]:
+    """What is wrong with the user's own functions, and with an alpha that the re-weighting does not take."""
+    try:
+        check_functions(algorithm)
+    except ValueError as error:
+        yield Fault("algorithm", str(error))
+        return
+    key, alpha, wanted = "algorithm.reweight.alpha", algorithm.reweight.alpha, reweighting_of(algorithm.reweight.kind)
+    if wanted.alpha is not None and not wanted.alpha[1](np.float64(alpha)):
+        yield Fault(key, f"{key}={alpha}: expected {wanted.alpha[0]}")
 
 
 def model_folder(path: str) -> Path:

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlvr_jax.dapo import make_scorer
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.models.qwen import model_apply
 from rlvr_jax.training import AccumulatingStep, TrainState, adamw, make_accumulating_step
-from train.config import AlgorithmConfig, Config, OptimConfig
-from train.dapo import make_loss, make_scorer, model_apply
+from train.config import Config, OptimConfig
+from train.objective import make_loss
 
 
 class Programs(NamedTuple):
-    """Compiled functions: `dapo.make_scorer`'s and `training.make_accumulating_step`'s."""
+    """Compiled functions: `rlvr_jax.dapo.make_scorer`'s and `training.make_accumulating_step`'s."""
 
     score: Callable[..., tuple[jax.Array, jax.Array]]
     step: AccumulatingStep
@@ -39,18 +41,6 @@ def make_programs(
 def row_length(config: Config, prompt_length: int) -> int:
     """Tokens of the rows into which responses are packed, for prompts of up to `prompt_length` tokens."""
     return config.algorithm.row_length or prompt_length + config.rollout.max_response
-
-
-def loss_inputs(algorithm: AlgorithmConfig) -> tuple[str, ...]:
-    """Names of the per-token arrays in a batch of `dapo.make_loss`, in the trainer's order."""
-    names = ["old_logp_BT", "advantages_BT", "loss_mask_BT", "reweight_mask_BT"]
-    if algorithm.kl_coef:
-        names.append("ref_logp_BT")
-    if algorithm.importance != "none":
-        names.append("importance_BT")
-    if algorithm.loss == "gspo":
-        names.append("response_BT")
-    return tuple(names)
 
 
 def placed_like_params(optimizer: optax.GradientTransformation, params: Any, other: Any) -> TrainState:

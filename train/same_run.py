@@ -12,7 +12,7 @@ from typing import Any
 from rlvr_jax.checkpoint import require_same_config
 from rlvr_jax.data.text import Tokenizer
 from rlvr_jax.files import parse_json, write_json
-from rlvr_jax.fingerprint import of_file, of_model, of_tokenizer
+from rlvr_jax.fingerprint import CODE, of_file, of_model, of_tokenizer
 from rlvr_jax.program import config_dict
 from rlvr_jax.run_folder import own_config
 
@@ -87,7 +87,11 @@ def require_same_run(
         log.warning("an older version began this run: whether its model is still the same cannot be checked")
     for name in before:
         if before[name] != now.get(name):
-            raise ValueError(f"{name}: the content is not what the run began with; {_GO_ON}")
+            if not name.startswith(CODE):
+                raise ValueError(f"{name}: the content is not what the run began with; {_GO_ON}")
+            if not record.get("checkpoint", {}).get("changed_code"):
+                raise ValueError(f"{name}: not what the run began with; --checkpoint.changed-code resumes with it")
+            log.warning("%s: it is not what the run began with", name)
     if saved.get("data_sha256") != record.get("data_sha256"):
         raise ValueError(
             "the training data as the model reads them (problems or conversations, answers, chat template, tokenizer) "

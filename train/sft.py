@@ -30,7 +30,7 @@ from rlvr_jax.distributed import DistributedConfig, cluster, identity, initializ
 from rlvr_jax.files import remove_leftovers
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.models.qwen import init_params, param_axes
+from rlvr_jax.models.qwen import init_params, model_apply, param_axes
 from rlvr_jax.program import (
     Preempted,
     Preemption,
@@ -62,7 +62,6 @@ from train.config import (
     MeshConfig,
     WeightDecay,
 )
-from train.dapo import model_apply
 from train.display import Display
 from train.export import export
 from train.metrics import MetricLog

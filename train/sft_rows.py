@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlvr_jax.data.packing import pack
+from rlvr_jax.data.packing import PackedRows, pack
 from rlvr_jax.data.sft import encode_conversation, read_conversations
 from rlvr_jax.data.shards import Source, names
 from rlvr_jax.data.text import Tokenizer
-from train.packed import PackedRows
 
 log = logging.getLogger(__name__)
 

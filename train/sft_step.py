@@ -6,12 +6,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rlvr_jax.dapo import Apply, sequence_logprobs
+from rlvr_jax.data.packing import PackedRows
 from rlvr_jax.distributed import place
 from rlvr_jax.objectives.policy import aggregate
 from rlvr_jax.sharding import ShardingRules
 from rlvr_jax.training import AccumulatingStep, TrainState
-from train.dapo import Apply, sequence_logprobs
-from train.packed import PackedRows
 
 
 def make_loss(chunk: int) -> Any:

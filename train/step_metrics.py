@@ -1,6 +1,7 @@
 """Numbers of a trainer step beside the loss's own: weights, gradient by probability, time by phase, memory."""
 
 import collections
+import functools
 import itertools
 import resource
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlvr_jax.objectives.diagnostics import (
@@ -18,7 +20,8 @@ from rlvr_jax.objectives.diagnostics import (
     token_weights,
     weight_statistics,
 )
-from rlvr_jax.objectives.reweight import CURRENT_REWEIGHTINGS, reweight
+from rlvr_jax.objectives.policy import aggregate
+from rlvr_jax.objectives.reweight import reweight, reweighting_of
 from train.config import AlgorithmConfig
 
 BINS = tuple(f"p{low:g}-{high:g}" for low, high in itertools.pairwise(PROBABILITY_EDGES))
@@ -39,7 +42,7 @@ def at_ratio_one(
     That is `each_NR`, but for the re-weightings by the current policy, which wait for the loss.
     """
     how = algorithm.reweight
-    if how.kind not in CURRENT_REWEIGHTINGS:
+    if not reweighting_of(how.kind).current:
         return each_NR
     return np.asarray(
         reweight(
@@ -65,7 +68,7 @@ def token_metrics(
     """Statistics of the weights, and where the gradient of a step's first update lies by the token's probability.
 
     The gradient of a token is its l1 norm in the logits (`logit_gradient_l1` at ratio 1), as the loss counts the token:
-    once, or 1 / length for seq-mean-token-mean.
+    once, or 1 / length for seq-mean-token-mean: the slope of `aggregate`.
 
     Args:
       advantage_N: of each response, before re-weighting.
@@ -79,15 +82,23 @@ def token_metrics(
     metrics = {"advantage_weight": statistics.pop("mean")}
     metrics |= {f"advantage_weight_{name}": x for name, x in statistics.items()}
     size_NR = logit_gradient_l1(weighed_NR, old_logp_NR)
-    counted_NR = (loss_mask_NR > 0).astype(np.float32)
-    if algorithm.aggregation == "seq-mean-token-mean":
-        counted_NR /= np.maximum(counted_NR.sum(axis=1, keepdims=True), 1)
+    counted_NR = _counts(algorithm.aggregation, np.asarray(loss_mask_NR > 0, np.float32))
     gradient_K, tokens_K = shares_by_probability(size_NR, old_logp_NR, counted_NR)
     here_NR = counted_NR > 0
     metrics["gradient_l1"] = float(size_NR[here_NR].mean(dtype=np.float64)) if here_NR.any() else 0.0
     metrics |= {f"gradient_share_{name}": float(x) for name, x in zip(BINS, gradient_K, strict=True)}
     metrics |= {f"token_share_{name}": float(x) for name, x in zip(BINS, tokens_K, strict=True)}
     return metrics, weight_NR
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _slopes(aggregation: str, mask_NR: jax.Array) -> jax.Array:
+    return jax.grad(lambda x_NR: aggregate(x_NR, mask_NR, aggregation)[0])(jnp.zeros_like(mask_NR))
+
+
+def _counts(aggregation: str, mask_NR: np.ndarray) -> np.ndarray:
+    """What one more unit of a token's loss adds to the sum of the step's."""
+    return np.asarray(_slopes(aggregation, mask_NR))
 
 
 def memory_metrics() -> dict[str, float]:
@@ -143,3 +154,20 @@ def phase_metrics(
     metrics["seconds_other"] = total - sum(metrics.values())
     metrics |= {f"seconds_{name}": outside.get(name, 0.0) for name in OUTSIDE_PHASES}
     return metrics | {"seconds": total}
+
+
+def importance_metrics(weight_NR: np.ndarray, mask_NR: np.ndarray, cap: float) -> dict[str, float]:
+    """Mean of the importance weights over response tokens, and the share of them that the cap holds."""
+    weights = weight_NR[mask_NR > 0].astype(np.float64)
+    return {
+        "importance_weight": float(weights.mean()),
+        "importance_capped_share": float((weights >= np.float32(cap)).mean()),
+    }
+
+
+def gap_metrics(rollout_logp_NR: np.ndarray, old_logp_NR: np.ndarray, mask_NR: np.ndarray) -> dict[str, float]:
+    """How far the sampler's log-probs are from the trainer's, over response tokens; NaN where there are none."""
+    gap = np.abs(rollout_logp_NR - old_logp_NR)[mask_NR > 0].astype(np.float64)
+    if not gap.size:
+        return {"mean_abs": float("nan"), "max_abs": float("nan")}
+    return {"mean_abs": float(gap.mean()), "max_abs": float(gap.max())}

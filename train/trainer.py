@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlvr_jax.data.packing import PackedRows
 from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.distributed import place, to_host
 from rlvr_jax.models.config import QwenConfig
@@ -13,11 +14,10 @@ from rlvr_jax.rewards.overlong import overlong_penalty
 from rlvr_jax.sharding import ShardingRules
 from rlvr_jax.training import TrainState, warmup_constant, with_learning_rate
 from train.config import Config
-from train.dapo import advantages, gap_metrics, importance, importance_metrics, scalars
-from train.packed import PackedRows
-from train.programs import loss_inputs, make_optimizer, make_programs, row_length
+from train.objective import advantages, loss_arrays, scalars
+from train.programs import make_optimizer, make_programs, row_length
 from train.rollout import Group
-from train.step_metrics import at_ratio_one, token_metrics
+from train.step_metrics import at_ratio_one, gap_metrics, importance_metrics, token_metrics
 
 
 class Responses(NamedTuple):
@@ -118,31 +118,17 @@ class Trainer:
         ref_logp_NR = None
         if self._reference is not None:
             ref_logp_NR, _ = self._scores(self._reference, packed, rows.response_NR.shape)
-        advantage_N, each_NR, loss_mask_NR, reweight_mask_NR = to_host(
-            advantages(
-                config.algorithm,
-                *self._put(rows.score_N, rows.group_N, rows.response_NR, old_logp_NR, entropy_NR),
-                None if ref_logp_NR is None else self._put(ref_logp_NR)[0],
-                np.float32(config.algorithm.reweight.alpha),
-                jax.random.fold_in(self._key, trainer_step),
-            )
-        )
+        step_key = jax.random.fold_in(self._key, trainer_step)
+        given = Tokens(rows.response_NR, old_logp_NR, entropy_NR, ref_logp_NR, rows.logp_NR, group_B=rows.group_N)
+        placed = Tokens(*(None if x is None else self._put(x)[0] for x in given))._replace(key=step_key)
+        alpha = np.float32(config.algorithm.reweight.alpha)
+        advantage_N, made = advantages(config.algorithm, *self._put(rows.score_N), placed, alpha)
+        advantage_N, tokens = to_host((advantage_N, made._replace(key=None)))
+        each_NR, loss_mask_NR, reweight_mask_NR = tokens.advantages_BT, tokens.loss_mask_BT, tokens.reweight_mask_BT
         on_phase("update")
         lr = warmup_constant(trainer_step, peak=config.optim.lr, warmup=config.optim.warmup)
         self.state = with_learning_rate(self.state, lr)
-        arrays = {
-            "old_logp_BT": old_logp_NR,
-            "advantages_BT": each_NR,
-            "loss_mask_BT": loss_mask_NR,
-            "reweight_mask_BT": reweight_mask_NR,
-        }
-        if config.algorithm.kl_coef and ref_logp_NR is not None:
-            arrays["ref_logp_BT"] = ref_logp_NR
-        if config.algorithm.importance != "none":
-            arrays["importance_BT"] = self._importance(rows, old_logp_NR)
-        if config.algorithm.loss == "gspo":
-            arrays["response_BT"] = rows.response_NR
-        arrays = {name: arrays[name] for name in loss_inputs(config.algorithm)}
+        arrays = loss_arrays(tokens)
         made = []
         for number, part in enumerate(packed):
             made.append(self._update(number, part, arrays))
@@ -176,8 +162,8 @@ class Trainer:
         }
         for name, mask_NR in {"rollout_gap": real_NR, "rollout_gap_fresh": fresh_NR}.items():
             metrics |= {f"{name}_{key}": x for key, x in gap_metrics(rows.logp_NR, old_logp_NR, mask_NR).items()}
-        if "importance_BT" in arrays:
-            metrics |= importance_metrics(arrays["importance_BT"], real_NR, config.algorithm.importance_cap)
+        if tokens.importance_BT is not None:
+            metrics |= importance_metrics(tokens.importance_BT, real_NR, config.algorithm.importance_cap)
         if ref_logp_NR is not None:
             metrics["delta_logp"] = float((old_logp_NR - ref_logp_NR)[real_NR].mean())
         return Outcome(
@@ -262,12 +248,6 @@ class Trainer:
                 )
             )
         return made
-
-    def _importance(self, rows: Responses, old_logp_NR: np.ndarray) -> np.ndarray:
-        """Importance weights [N, R] of the sampler's tokens under the policy that is about to be updated."""
-        algorithm = self._config.algorithm
-        arrays = self._put(old_logp_NR, rows.logp_NR, rows.response_NR)
-        return to_host(importance(algorithm.importance, *arrays, np.float32(algorithm.importance_cap)))
 
     def _scores(self, params: Any, packed: Sequence[PackedRows], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
         """Log-probs and entropies [N, R] under `params`, 0 beyond the responses."""

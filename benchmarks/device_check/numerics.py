@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.device_check.sizes import Size, numeric_config
+from rlvr_jax.dapo import make_scorer
 from rlvr_jax.generation import generate, generate_selective
 from rlvr_jax.models import qwen
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.embedding import embed_tokens
+from rlvr_jax.models.qwen import model_apply
 from rlvr_jax.models.tokens import TokenLayout
 from rlvr_jax.training import TrainState, make_accumulating_step, with_learning_rate
 from train.config import AlgorithmConfig, OptimConfig
-from train.dapo import make_loss, make_scorer, model_apply, scalars
+from train.objective import make_loss, scalars
 from train.programs import make_optimizer
 
 Arrays = dict[str, np.ndarray]

@@ -13,10 +13,11 @@ from benchmarks.device_check.sizes import Size, timed_config
 from benchmarks.device_check.timing import median_seconds, peak_bytes, tree_bytes
 from benchmarks.device_check.trace import traced
 from rlvr_jax.models import qwen
+from rlvr_jax.models.qwen import model_apply
 from rlvr_jax.planning import ideal
 from rlvr_jax.training import TrainState, make_accumulating_step, with_learning_rate
 from train.config import AlgorithmConfig, OptimConfig
-from train.dapo import make_loss, model_apply, scalars
+from train.objective import make_loss, scalars
 from train.programs import make_optimizer
 
 PACKED = 4  # sequences per row, where rows hold several

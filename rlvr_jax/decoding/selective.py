@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from rlvr_jax.criteria import Named, criterion_of
 from rlvr_jax.decoding.batch import Ids, Prompts, make_queue
 from rlvr_jax.decoding.checks import Numbers, check_count
 from rlvr_jax.decoding.engine import CHUNK, OnChunk, serve
 from rlvr_jax.decoding.state import LanguageModel, Params
 from rlvr_jax.decoding.steps import Rule
-from rlvr_jax.direction import CRITERIA
 from rlvr_jax.typing import Bool, Float, Int
 
 _OUTPUTS = {
@@ -58,7 +58,7 @@ def decode_selective(
     params: tuple[Params, Params],
     prompts: Prompts,
     *,
-    criterion: str,
+    criterion: Named,
     tau: Numbers | None,
     gamma: Numbers,
     sample_from: str = "base",
@@ -85,7 +85,7 @@ def decode_selective(
 
     Args:
       models, params: (base, rl).
-      criterion: one of `direction.CRITERIA`, see `direction.fires`.
+      criterion: one of `criteria.CRITERIA`, or your own: see `criteria.fires`.
       tau: its threshold, a number or one a row; None for "none" and "all".
       gamma: the weight of the extrapolation, a number or one a row; 0 redraws from rl.
       sample_from: the model that each token is first drawn from, "base" or "rl".
@@ -141,19 +141,18 @@ def decode_selective(
 
 
 def make_rule(
-    criterion: str, tau: Numbers | None, *, sample_from: str = "base", top_logprobs: int | None = None
+    criterion: Named, tau: Numbers | None, *, sample_from: str = "base", top_logprobs: int | None = None
 ) -> Rule:
     """The checked rule of a selective decode; see `decode_selective`. `tau` is only looked at for being there."""
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion={criterion!r}: expected one of {', '.join(CRITERIA)}")
+    how = criterion_of(criterion)
     if sample_from not in ("base", "rl"):
         raise ValueError(f"sample_from={sample_from!r}: expected 'base' or 'rl'")
-    if tau is None and criterion not in ("none", "all"):
+    if tau is None and how.constant is None:
         raise ValueError(f"tau=None: criterion {criterion!r} needs a threshold, a number or one for each row")
     if top_logprobs is not None:
         if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, (int, np.integer)) or top_logprobs < 1:
             raise ValueError(f"top_logprobs={top_logprobs!r}: expected None or an integer of at least 1")
-        if criterion == "js_true":
-            raise ValueError("criterion='js_true' with top_logprobs: the published rule has no such form")
+        if not how.takes_top_logprobs:
+            raise ValueError(f"criterion={criterion!r} with top_logprobs: the published rule has no such form")
         top_logprobs = int(top_logprobs)
     return Rule(criterion, sample_from, top_logprobs)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlvr_jax.criteria import Named, criterion_of, fires, fires_at
 from rlvr_jax.decoding.sampling import draw, log_normaliser, token_logprob
 from rlvr_jax.decoding.state import (
     CRITERION,
@@ -27,8 +28,9 @@ from rlvr_jax.decoding.state import (
     sampling_of,
     step_keys,
 )
-from rlvr_jax.direction import delta_logp, delta_value, extrapolate, fires, fires_at, published_top_logprobs
+from rlvr_jax.direction import delta_logp, extrapolate
 from rlvr_jax.sharding import constrain
+from rlvr_jax.top_logprobs import published_top_logprobs
 from rlvr_jax.typing import Array
 
 Report = dict[str, jax.Array]
@@ -38,12 +40,12 @@ class Rule(NamedTuple):
     """What is compiled into the program of a selective decode. Hashable.
 
     Attributes:
-      criterion: one of `direction.CRITERIA`.
+      criterion: one of `criteria.CRITERIA`, or the user's own.
       sample_from: "base" or "rl", the model that y is drawn from.
       top_logprobs: None for whole distributions; k for the published code's rule, which sees each model's k best.
     """
 
-    criterion: str
+    criterion: Named
     sample_from: str
     top_logprobs: int | None
 
@@ -315,11 +317,12 @@ def _fires(
 ) -> jax.Array:
     """bool [B, K]: where the criterion selects the drafted token."""
     rows, block = delta_BK.shape
-    if rule.criterion.endswith("delta_logp") and rule.top_logprobs is None:
-        return fires_at(rule.criterion, delta_value(rule.criterion, delta_BK), state.selection.tau[:, None])
+    how = criterion_of(rule.criterion)
+    if how.of_delta is not None and rule.top_logprobs is None:
+        return fires_at(how, how.of_delta(delta_BK), state.selection.tau[:, None])
     token_N = drafts.token_BK.reshape(-1)
     keys_N = None
-    if rule.criterion == "random":
+    if how.by_chance:
         place_N = (state.length_B[:, None] + jnp.arange(block, dtype=jnp.int32)).reshape(-1)
         keys_N = step_keys(jnp.repeat(state.key_B2, block, axis=0), place_N, CRITERION)
     logp_NV = (_flat(logits_BKV) - z_BK.reshape(-1, 1) for logits_BKV, z_BK in (mine, other))

@@ -8,15 +8,17 @@ is reported is how far the two histograms overlap and what lies in their tails, 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
+from rlvr_jax.criteria import CRITERIA, MEASURED
 from rlvr_jax.evaluation import Interval, mean_interval
 from rlvr_jax.microscope import statistics
 from rlvr_jax.microscope.files import TokenTable
 
 METRICS = ("entropy_base", "entropy_rl", "kl", "kl_reverse", "js_true", "delta_logp")
-CRITERIA = ("delta_logp", "abs_delta_logp", "entropy_base", "entropy_rl", "kl", "kl_reverse", "js", "js_true")
+COMPARED = tuple(name for name in MEASURED if name != "neg_delta_logp")  # which is delta_logp from the other side
 THRESHOLDS = (0.3, 1.0)  # nats of dlogp; the first is the published tau of DAPO-Qwen-32B
 BINS = 61  # odd, so that dlogp has a bin around 0
 PROBABILITY_BINS = 20
@@ -273,7 +275,8 @@ def _position(data: _Data, source: int) -> dict[str, Any]:
 
 def criterion_numbers(values: dict[str, np.ndarray], criterion: str) -> np.ndarray:
     """What a criterion compares with its threshold."""
-    return np.abs(values["delta_logp"]) if criterion == "abs_delta_logp" else values[criterion]
+    of_delta = CRITERIA[criterion].of_delta
+    return values[criterion] if of_delta is None else np.asarray(of_delta(jnp.asarray(values["delta_logp"])))
 
 
 def _agreement(data: _Data, source: int) -> dict[str, Any]:
@@ -281,12 +284,12 @@ def _agreement(data: _Data, source: int) -> dict[str, Any]:
     chosen = data.source == source
     found = [
         statistics.select_share(name, criterion_numbers(data.values, name)[chosen], data.options.rate)
-        for name in CRITERIA
+        for name in COMPARED
     ]
     both, either = statistics.agreement([x.selected for x in found], data.problem[chosen], data.problems)
     rate = data.options.rate
     return {
-        "criteria": list(CRITERIA),
+        "criteria": list(COMPARED),
         "tau": [x.tau for x in found],
         "share": [x.share for x in found],
         "jaccard": data.means(both, either),

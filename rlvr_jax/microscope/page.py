@@ -29,13 +29,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rlvr_jax.criteria import CRITERIA
 from rlvr_jax.files import atomic_path, valid_text
 from rlvr_jax.microscope.columns import Figure, ScoredResponse
 
 # In this order.
 _SCRIPTS = ("dom.js", "data.js", "colour.js", "layout.js", "pane.js", "inspector.js", "controls.js", "app.js")
 _FLOATS = ("entropy_base", "entropy_rl", "kl", "kl_reverse", "js", "js_true", "gradient_share")
-_CRITERIA = ("delta_logp", "entropy_base", "entropy_rl", "kl", "kl_reverse", "js", "js_true")
+_COLOURED = ("delta_logp", "entropy_base", "entropy_rl", "kl", "kl_reverse", "js", "js_true")
 _UNLIKELY = -7.0  # log-probabilities of alternatives below it are kept in coarser steps
 _COARSE = 16  # of a nat
 
@@ -234,13 +235,13 @@ def _extents(responses: Sequence[ScoredResponse]) -> dict[str, dict[str, float]]
     """Of every criterion, over the page's tokens: where the colours end (99% lie inside), what a slider spans, and the
     threshold that it starts with (5% are selected)."""
     out: dict[str, dict[str, float]] = {}
-    for name in _CRITERIA:
+    for name in _COLOURED:
         with np.errstate(invalid="ignore"):  # a token that neither model allows has no dlogp
             values = np.concatenate([np.asarray(getattr(r.columns, name), np.float64) for r in responses])
         values = values[np.isfinite(values)]
         if not values.size:
             values = np.zeros(1)
-        if name == "delta_logp":
+        if CRITERIA[name].signed:
             # The colours' range is symmetric, so that the middle is "no difference".
             size = _ceiling(float(np.quantile(np.abs(values), 0.99)))
             low, high = (float(x) for x in np.quantile(values, (0.0005, 0.9995)))

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rlvr_jax.direction import FIRES_BELOW
+from rlvr_jax.criteria import fires_at, threshold_for_share
 from rlvr_jax.evaluation import Interval
-from rlvr_jax.scoring import threshold_for_share
 
 _TOGETHER = 100  # resamples, or problems that are left out in turn: so that wide sums need little memory
 
@@ -174,8 +173,7 @@ def select_share(criterion: str, values: ArrayLike, share: float) -> Selection:
     """The tokens that a criterion selects at the share nearest to the wanted one (ties go together)."""
     values_N = np.asarray(values, np.float32)
     threshold = threshold_for_share(criterion, values_N, share)
-    tau = np.float32(threshold.tau)
-    selected_N = values_N <= tau if criterion in FIRES_BELOW else values_N >= tau
+    selected_N = np.asarray(fires_at(criterion, values_N, np.float32(threshold.tau)))
     return Selection(threshold.tau, float(selected_N.mean()), selected_N)
 
 

@@ -307,3 +307,12 @@ def logits(config: QwenConfig, params: Params, hidden: Float[Array, "*B D"]) -> 
     if config.tie_word_embeddings:
         return layers.einsum("...D,VD->...V", hidden, params["embed"], jnp.float32)
     return layers.einsum("...D,DV->...V", hidden, params["unembed"], jnp.float32)
+
+
+def model_apply(config: QwenConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A model for `rlvr_jax.dapo`: `apply(params, tokens_BT, positions_BT, mask_BT) -> (hidden_BTD, unembed_DV)`."""
+
+    def apply(params: Params, tokens_BT: jax.Array, positions_BT: jax.Array | None, mask_BT: jax.Array) -> tuple:
+        return hidden_states(config, params, tokens_BT, positions_BT, mask_BT), unembedding(config, params)
+
+    return apply

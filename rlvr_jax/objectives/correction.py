@@ -1,14 +1,16 @@
 """The policy against two others: the reference model (KL penalty) and the sampler (truncated importance weights)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rlvr_jax.checks import positive, require, require_same_shape
-from rlvr_jax.objectives.masks import Mask, Values, masked
+from rlvr_jax.entries import entry
+from rlvr_jax.objectives.tokens import Mask, Values, masked
 from rlvr_jax.typing import Float
-
-IMPORTANCE_WEIGHTS = ("none", "token", "sequence")
 
 # As in `policy_loss`: beyond e^20 a ratio says nothing.
 _LOG_RATIO_LIMIT = 20.0
@@ -33,7 +35,7 @@ def importance_weights(
     rollout_logp_BT: Values,
     mask_BT: Mask,
     *,
-    kind: str = "token",
+    kind: str | Callable[..., Any] = "token",
     cap: ArrayLike = 2.0,
 ) -> Float[jax.Array, "B T"]:
     """Truncated importance weights for a sampler that disagrees with the trainer (verl's "TIS"; verl issue #2996).
@@ -43,6 +45,7 @@ def importance_weights(
     | none | 1 |
     | token | min(exp(old_logp - rollout_logp), cap) |
     | sequence | min(exp(sum over the response's tokens of (old_logp - rollout_logp)), cap), one a response |
+    | a function `(log_ratio_BT, cap) -> weight_BT`, "module:name" | your own |
 
     Args:
       old_logp_BT: the trainer's log-probabilities before the update, at the sampler's temperature.
@@ -56,14 +59,24 @@ def importance_weights(
     Returns:
       Weights to multiply the per-token loss with, 0 where the mask is 0. No gradient flows through them.
     """
-    if kind not in IMPORTANCE_WEIGHTS:
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(IMPORTANCE_WEIGHTS)}")
+    how = entry("kind", IMPORTANCE_WEIGHTS, kind)
     require("cap", cap, "a number > 0", positive)
     require_same_shape(old_logp_BT=old_logp_BT, rollout_logp_BT=rollout_logp_BT, mask_BT=mask_BT)
     log_BT = jax.lax.stop_gradient(masked(old_logp_BT, mask_BT) - masked(rollout_logp_BT, mask_BT))
-    if kind == "none":
-        return masked(jnp.ones_like(log_BT), mask_BT)
-    if kind == "sequence":
-        log_BT = jnp.broadcast_to(log_BT.sum(axis=-1, keepdims=True), log_BT.shape)
-    log_BT = jnp.clip(log_BT, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
-    return masked(jnp.minimum(jnp.exp(log_BT), cap), mask_BT)
+    return masked(how(log_BT, cap), mask_BT)
+
+
+def _capped(log_BT: jax.Array, cap: ArrayLike) -> jax.Array:
+    return jnp.minimum(jnp.exp(jnp.clip(log_BT, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)), cap)
+
+
+def _of_sequence(log_BT: jax.Array, cap: ArrayLike) -> jax.Array:
+    return _capped(jnp.broadcast_to(log_BT.sum(axis=-1, keepdims=True), log_BT.shape), cap)
+
+
+# `(log_ratio_BT, cap) -> weight_BT`, from old_logp - rollout_logp, 0 off the responses.
+IMPORTANCE_WEIGHTS: dict[str, Callable[..., jax.Array]] = {
+    "none": lambda log_BT, cap: jnp.ones_like(log_BT),
+    "token": _capped,
+    "sequence": _of_sequence,
+}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlvr_jax.objectives.masks import Mask, Values
+from rlvr_jax.objectives.tokens import Mask, Values
 from rlvr_jax.typing import Float
 
 PROBABILITY_EDGES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)

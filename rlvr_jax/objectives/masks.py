@@ -1,10 +1,9 @@
-"""Which response tokens count: what a mask means, and masks that keep a share of the tokens.
+"""Masks that keep a share of the response tokens, by their probability, entropy or dlogp."""
 
-A mask is 1 (or True, or a positive weight) on response tokens that count and 0 elsewhere. Whatever an array holds where
-its mask is 0, infinities and NaN included, never reaches a result.
-"""
-
+import dataclasses
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,32 +11,102 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from rlvr_jax.checks import require, require_same_shape
-from rlvr_jax.direction import delta_logp, widen
+from rlvr_jax.direction import delta_logp
+from rlvr_jax.entries import entry
+from rlvr_jax.objectives.tokens import Mask, Tokens, Values, masked
 from rlvr_jax.typing import Array, Bool, Real
-
-TOKEN_MASKS = (
-    "all",
-    "lowest_logp",
-    "highest_logp",
-    "prob_below",
-    "prob_between",
-    "highest_entropy",
-    "highest_delta_logp",
-    "lowest_delta_logp",
-    "middle_delta_logp",
-    "ends_delta_logp",
-)
-
-# One number per token; integers and booleans are computed with as float32.
-Values = Real[Array, "B T"] | Bool[Array, "B T"]
-Mask = Values
 
 # Quantiles with a denominator up to this are exact: its square, the largest product below, still fits 32 bits.
 _DENOMINATOR = 40_000
 
 
+Keep = Callable[[Tokens, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMask:
+    """Which response tokens are kept.
+
+    Attributes:
+      keep: `(tokens, quantile) -> bool_BT`; what it says off the responses does not count.
+      reference: it compares with the reference (base) model, so `ref_logp_BT` must be there.
+    """
+
+    keep: Keep
+    reference: bool = False
+
+
+def _logp(tokens: Tokens) -> jax.Array:
+    return masked(tokens.needed("old_logp_BT", "a mask by probability"), tokens.counted_BT)
+
+
+def _entropy(tokens: Tokens) -> jax.Array:
+    return masked(tokens.needed("entropy_BT", "a mask by entropy"), tokens.counted_BT)
+
+
+def _delta_logp(tokens: Tokens) -> jax.Array:
+    ref_logp_BT = tokens.needed("ref_logp_BT", "a mask by dlogp")
+    return delta_logp(masked(ref_logp_BT, tokens.counted_BT), _logp(tokens))
+
+
+def _ranked(values: Callable[[Tokens], jax.Array], keep: Callable[..., jax.Array]) -> Keep:
+    """Keeps by `keep(values_BT, t(1 - q), t(q))`."""
+
+    def kept(tokens: Tokens, quantile: ArrayLike) -> jax.Array:
+        values_BT = values(tokens)
+        return keep(values_BT, *_thresholds(values_BT, tokens, quantile))
+
+    return kept
+
+
+def _lowest(values_BT: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    return values_BT <= high
+
+
+def _highest(values_BT: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    return values_BT >= high
+
+
+def _middle(values_BT: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    return (values_BT >= low) & (values_BT <= high)
+
+
+def _ends(values_BT: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    return (values_BT <= low) | (values_BT >= high)
+
+
+def _between(tokens: Tokens, quantile: Any) -> jax.Array:
+    p_BT = jnp.exp(_logp(tokens))
+    return (p_BT <= quantile) & (p_BT >= 1 - quantile)
+
+
+TOKEN_MASKS: dict[str, TokenMask] = {
+    "all": TokenMask(lambda tokens, quantile: tokens.counted_BT),
+    "lowest_logp": TokenMask(_ranked(_logp, _lowest)),
+    "highest_logp": TokenMask(_ranked(_logp, _highest)),
+    "prob_below": TokenMask(lambda tokens, quantile: jnp.exp(_logp(tokens)) <= quantile),
+    "prob_between": TokenMask(_between),
+    "highest_entropy": TokenMask(_ranked(_entropy, _highest)),
+    "highest_delta_logp": TokenMask(_ranked(_delta_logp, _highest), reference=True),
+    "lowest_delta_logp": TokenMask(_ranked(_delta_logp, _lowest), reference=True),
+    "middle_delta_logp": TokenMask(_ranked(_delta_logp, _middle), reference=True),
+    "ends_delta_logp": TokenMask(_ranked(_delta_logp, _ends), reference=True),
+}
+
+Named = str | TokenMask | Keep
+
+
+def token_mask_of(kind: Named) -> TokenMask:
+    """The mask that a name stands for; a function `(tokens, quantile) -> bool_BT` becomes one.
+
+    Raises:
+      ValueError: a name that is none of `TOKEN_MASKS` and cannot be imported as "module:name" either.
+    """
+    return entry("kind", TOKEN_MASKS, kind, of=TokenMask)
+
+
 def token_mask(
-    kind: str,
+    kind: Named,
     mask_BT: Mask,
     *,
     quantile: ArrayLike,
@@ -59,60 +128,43 @@ def token_mask(
     | ends_delta_logp | v <= t(1 - q) or v >= t(q) |
     | prob_below | probability exp(old_logp) <= q |
     | prob_between | 1 - q <= exp(old_logp) <= q |
+    | a `TokenMask`, a function `(tokens, quantile) -> bool_BT`, "module:name" | your own |
 
     dlogp = old_logp - ref_logp, the change against the reference (base) model. The token at a threshold is kept, and
     so is every token of the same value: the order of the rows changes nothing, but many equal values (log-probs of
     exactly 0, say) make the kept share larger than asked. The ranks q n are exact: 0.29 of 100 tokens is 29. A traced
     quantile is precise to float32. Raises ValueError when an array the kind needs is missing.
     """
-    if kind not in TOKEN_MASKS:
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(TOKEN_MASKS)}")
-    require("quantile", quantile, "a number between 0 and 1", lambda q: (q >= 0) & (q <= 1))
-    given = {"old_logp_BT": old_logp_BT, "entropy_BT": entropy_BT, "ref_logp_BT": ref_logp_BT}
-    require_same_shape(mask_BT=mask_BT, **given)
-    mask_BT = jnp.asarray(mask_BT)
-    counted_BT = mask_BT > 0
-    needed = []
-    for name in _needs(kind):
-        array_BT = given[name]
-        if array_BT is None:
-            raise ValueError(f"{name}=None: token mask {kind!r} needs it")
-        needed.append(masked(array_BT, counted_BT))
-    if kind == "all" or mask_BT.size == 0:
-        return mask_BT
-    if kind in ("prob_below", "prob_between"):
-        p_BT = jnp.exp(needed[0])
-        chosen_BT = p_BT <= quantile
-        if kind == "prob_between":
-            chosen_BT &= p_BT >= 1 - quantile
-        return jnp.where(chosen_BT, mask_BT, 0).astype(mask_BT.dtype)
+    tokens = Tokens(mask_BT, old_logp_BT, entropy_BT=entropy_BT, ref_logp_BT=ref_logp_BT)
+    return kept_tokens(kind, tokens, quantile=quantile)
 
-    values_BT = delta_logp(*needed) if kind.endswith("delta_logp") else needed[0]
+
+def kept_tokens(kind: Named, tokens: Tokens, *, quantile: ArrayLike) -> Real[jax.Array, "B T"] | Bool[jax.Array, "B T"]:
+    """`token_mask` of a `Tokens`."""
+    how = token_mask_of(kind)
+    require("quantile", quantile, "a number between 0 and 1", lambda q: (q >= 0) & (q <= 1))
+    require_same_shape(
+        mask_BT=tokens.response_BT,
+        old_logp_BT=tokens.old_logp_BT,
+        entropy_BT=tokens.entropy_BT,
+        ref_logp_BT=tokens.ref_logp_BT,
+    )
+    mask_BT = jnp.asarray(tokens.response_BT)
+    if mask_BT.size == 0:
+        return mask_BT
+    keep_BT = how.keep(tokens, quantile)
+    if np.shape(keep_BT) != mask_BT.shape:
+        raise ValueError(f"kind={kind!r} gave an array {np.shape(keep_BT)}: expected {mask_BT.shape}, one per token")
+    return jnp.where(jnp.asarray(keep_BT, bool) & tokens.counted_BT, mask_BT, 0).astype(mask_BT.dtype)
+
+
+def _thresholds(values_BT: jax.Array, tokens: Tokens, quantile: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """t(1 - q) and t(q) of the response tokens' values."""
+    counted_BT = tokens.counted_BT
     # What does not count lies behind the rest.
     ordered_N, count = jnp.sort(jnp.where(counted_BT, values_BT, jnp.inf), axis=None), jnp.sum(counted_BT)
     low, high = (ordered_N[jnp.maximum(_rank_at(count, quantile, complement=c), 1) - 1] for c in (True, False))
-    if kind.startswith("lowest"):
-        chosen_BT = values_BT <= high
-    elif kind.startswith("highest"):
-        chosen_BT = values_BT >= high
-    elif kind.startswith("middle"):
-        chosen_BT = (values_BT >= low) & (values_BT <= high)
-    else:
-        chosen_BT = (values_BT <= low) | (values_BT >= high)
-    return jnp.where(chosen_BT & counted_BT, mask_BT, 0).astype(mask_BT.dtype)
-
-
-def masked(values: ArrayLike, mask: ArrayLike) -> jax.Array:
-    """`values` in at least float32, with exact zeros (and zero gradients) where the mask is 0, whatever was there."""
-    return jnp.where(jnp.asarray(mask) > 0, widen(values), 0.0)
-
-
-def _needs(kind: str) -> tuple[str, ...]:
-    if kind == "all":
-        return ()
-    if kind == "highest_entropy":
-        return ("entropy_BT",)
-    return ("ref_logp_BT", "old_logp_BT") if kind.endswith("delta_logp") else ("old_logp_BT",)
+    return low, high
 
 
 def _rank_at(count: Array, quantile: ArrayLike, complement: bool = False) -> Array:

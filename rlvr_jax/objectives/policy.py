@@ -4,19 +4,21 @@ GRPO is `policy_loss` with one clip on both sides and `aggregate(..., "seq-mean-
 `policy_loss` on advantages without the division by the standard deviation, with "seq-mean-token-sum-norm".
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rlvr_jax.checks import not_negative, positive, require, require_same_shape
-from rlvr_jax.objectives.masks import Mask, Values, masked
+from rlvr_jax.entries import entry
 from rlvr_jax.objectives.segments import response_begins, response_sums
+from rlvr_jax.objectives.tokens import Mask, Tokens, Values, masked
 from rlvr_jax.typing import Array, Float, Int
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-POLICY_LOSSES = ("dapo", "gspo", "cispo")
-
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
+Summed = tuple[jax.Array, jax.Array]
+Metrics = dict[str, Summed]
 
 # Beyond e^20 a ratio says nothing, and its gradient is cut.
 _LOG_RATIO_LIMIT = 20.0
@@ -174,7 +176,7 @@ def _metrics(mask_BT: Mask, low_BT, high_BT, dual_BT, log_ratio_BT, ratio_BT) ->
 def aggregate(
     values_BT: Values,
     mask_BT: Mask,
-    mode: str = "token-mean",
+    mode: str | Callable[..., Any] = "token-mean",
     *,
     max_length: int | None = None,
     segment_BT: Int[Array, "B T"] | None = None,
@@ -187,25 +189,76 @@ def aggregate(
     | seq-mean-token-sum | all tokens' values | number of responses |
     | seq-mean-token-mean | each response's mean value | number of responses (GRPO) |
     | seq-mean-token-sum-norm | all tokens' values / max_length | number of responses (Dr. GRPO, 2503.20783) |
+    | a function of the values, mask, max_length and segment_BT, or "module:name" | your own |
 
     So the loss depends neither on micro-batching nor on the mesh (public issues verl #5625, #906). A response is a row
     with at least one token in its mask: an empty row adds nothing to sum or weight, and a batch of none gives (0, 0).
     Where a row holds several responses, `segment_BT` numbers them from 1 (0: padding). `max_length` in tokens is a
     constant of the run; it defaults to T, which depends on padding. Float masks act as token weights.
     """
-    if mode not in AGGREGATIONS:
-        raise ValueError(f"mode={mode!r}: expected one of {', '.join(AGGREGATIONS)}")
+    how = entry("mode", AGGREGATIONS, mode)
     if max_length is not None:
         require("max_length", max_length, "a number > 0", positive)
     require_same_shape(values_BT=values_BT, mask_BT=mask_BT)
     values_BT, mask_BT = masked(values_BT, mask_BT), jnp.asarray(mask_BT)
     mask_BT = jnp.where(mask_BT > 0, mask_BT, 0).astype(values_BT.dtype)
-    if mode == "token-mean":
-        return jnp.sum(values_BT * mask_BT), jnp.sum(mask_BT)
+    return how(values_BT, mask_BT, max_length, segment_BT)
+
+
+def _token_mean(values_BT: jax.Array, mask_BT: jax.Array, max_length: int | None, segment_BT: Any) -> Summed:
+    return jnp.sum(values_BT * mask_BT), jnp.sum(mask_BT)
+
+
+def _token_sum(values_BT: jax.Array, mask_BT: jax.Array, max_length: int | None, segment_BT: Any) -> Summed:
+    begins_BT = (response_sums(mask_BT, segment_BT) > 0) & response_begins(segment_BT, mask_BT.shape)
+    return jnp.sum(values_BT * mask_BT), jnp.sum(begins_BT).astype(values_BT.dtype)
+
+
+def _sequence_mean(values_BT: jax.Array, mask_BT: jax.Array, max_length: int | None, segment_BT: Any) -> Summed:
     tokens_BT = response_sums(mask_BT, segment_BT)
-    responses = jnp.sum((tokens_BT > 0) & response_begins(segment_BT, mask_BT.shape)).astype(values_BT.dtype)
-    if mode == "seq-mean-token-mean":
-        values_BT = values_BT / jnp.where(tokens_BT > 0, tokens_BT, 1)
-    elif mode == "seq-mean-token-sum-norm":
-        values_BT = values_BT / (mask_BT.shape[1] if max_length is None else max_length)
-    return jnp.sum(values_BT * mask_BT), responses
+    return _token_sum(values_BT / jnp.where(tokens_BT > 0, tokens_BT, 1), mask_BT, max_length, segment_BT)
+
+
+def _sum_over_length(values_BT: jax.Array, mask_BT: jax.Array, max_length: int | None, segment_BT: Any) -> Summed:
+    length = mask_BT.shape[1] if max_length is None else max_length
+    return _token_sum(values_BT / length, mask_BT, max_length, segment_BT)
+
+
+AGGREGATIONS: dict[str, Callable[..., Summed]] = {
+    "token-mean": _token_mean,
+    "seq-mean-token-sum": _token_sum,
+    "seq-mean-token-mean": _sequence_mean,
+    "seq-mean-token-sum-norm": _sum_over_length,
+}
+
+
+class Clips(NamedTuple):
+    """Bounds of the ratio: 1 - low, 1 + high, and `dual` where the advantage is negative (None: none)."""
+
+    low: Any
+    high: Any
+    dual: Any = None
+
+
+Loss = Callable[[jax.Array, Tokens, Clips], tuple[jax.Array, Metrics]]
+
+
+def _dapo(logp_BT: jax.Array, tokens: Tokens, clips: Clips) -> tuple[jax.Array, Metrics]:
+    bounds: dict[str, Any] = {"clip_low": clips.low, "clip_high": clips.high, "clip_dual": clips.dual}
+    return policy_loss(logp_BT, tokens.old_logp_BT, tokens.advantages_BT, tokens.loss_mask_BT, **bounds)
+
+
+def _gspo(logp_BT: jax.Array, tokens: Tokens, clips: Clips) -> tuple[jax.Array, Metrics]:
+    # A mask for the loss does not change what a response is.
+    whole: dict[str, Any] = {"response_BT": tokens.response_BT, "segment_BT": tokens.segment_BT}
+    bounds: dict[str, Any] = {"clip_low": clips.low, "clip_high": clips.high}
+    return gspo_loss(logp_BT, tokens.old_logp_BT, tokens.advantages_BT, tokens.loss_mask_BT, **bounds, **whole)
+
+
+def _cispo(logp_BT: jax.Array, tokens: Tokens, clips: Clips) -> tuple[jax.Array, Metrics]:
+    bounds: dict[str, Any] = {"clip_low": clips.low, "clip_high": clips.high}
+    return cispo_loss(logp_BT, tokens.old_logp_BT, tokens.advantages_BT, tokens.loss_mask_BT, **bounds)
+
+
+# `(logp_BT, tokens, clips) -> (loss_BT, metrics)`: what a loss of your own is like too.
+LOSSES: dict[str, Loss] = {"dapo": _dapo, "gspo": _gspo, "cispo": _cispo}

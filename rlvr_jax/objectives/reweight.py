@@ -1,5 +1,9 @@
 """Re-weighting of token advantages by the token's probability (arXiv 2603.22117, section 4.2, and its rivals)."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,31 +11,109 @@ from jax.typing import ArrayLike
 
 from rlvr_jax.checks import not_negative, positive, require, require_same_shape
 from rlvr_jax.direction import widen
+from rlvr_jax.entries import entry
 from rlvr_jax.objectives.advantages import group_deviations, group_ids
-from rlvr_jax.objectives.masks import Mask, Values, masked
+from rlvr_jax.objectives.tokens import Mask, Tokens, Values, masked
 from rlvr_jax.typing import Array, Float, Integer
 
-REWEIGHTINGS = (
-    "none",
-    "low_prob",
-    "high_prob",
-    "ppl",
-    "ppl_norm",
-    "ppl_norm_clamp",
-    "middle",
-    "inverse",
-    "current_linear",
-    "current_focal",
-    "uniform",
-    "shuffled",
-)
 
-# These weigh by the policy being trained, so they are called inside the loss, with its log-probabilities.
-CURRENT_REWEIGHTINGS = ("current_linear", "current_focal")
+@dataclasses.dataclass(frozen=True)
+class Reweighting:
+    """What a token's advantage is multiplied with.
+
+    Attributes:
+      weight: `(tokens, alpha) -> weight_BT` of a `Tokens`, whose `old_logp_BT` is 0 off the responses.
+      current: it weighs by the policy being trained. So it is called inside the loss, with that policy's log-probs as
+        `old_logp_BT`, and may not compare the responses of a step.
+      alpha: what alpha must be, in words and as a test; None: any finite number.
+    """
+
+    weight: Callable[[Tokens, Any], jax.Array]
+    current: bool = False
+    alpha: tuple[str, Callable[[np.ndarray], Any]] | None = None
+
+
+def _uniform(tokens: Tokens, alpha: Any) -> jax.Array:
+    share = jnp.sum(tokens.rest_BT) / jnp.maximum(tokens.counted_BT.sum(), 1)
+    return jnp.full_like(tokens.p_BT, 1 + alpha * share)
+
+
+def _shuffled(tokens: Tokens, alpha: Any) -> jax.Array:
+    """A uniformly random permutation of the counted weights among the counted places."""
+    key = jnp.asarray(tokens.needed("key", "re-weighting 'shuffled'"))
+    values_N, counted_N = (1 + alpha * tokens.rest_BT).ravel(), tokens.counted_BT.ravel()
+    order_N = jax.random.permutation(key, values_N.size)
+    places_N = jnp.argsort(~counted_N, stable=True)
+    sources_N = order_N[jnp.argsort(~counted_N[order_N], stable=True)]
+    return values_N.at[places_N].set(values_N[sources_N]).reshape(tokens.p_BT.shape)
+
+
+def _mean_nll(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    """(mean -old_logp, number of tokens) of each response."""
+    length_B = tokens.counted_BT.sum(axis=-1)
+    return -masked(tokens.old_logp_BT, tokens.counted_BT).sum(axis=-1) / jnp.maximum(length_B, 1), length_B
+
+
+def _ppl(tokens: Tokens, alpha: Any) -> jax.Array:
+    return jnp.broadcast_to((1 - alpha * _mean_nll(tokens)[0])[:, None], tokens.p_BT.shape)
+
+
+def _ppl_norm(tokens: Tokens, alpha: Any) -> jax.Array:
+    group_B = group_ids(tokens.needed("group_B", "re-weighting by the perplexities of a prompt's responses"))
+    nll_B, length_B = _mean_nll(tokens)
+    there_B = (length_B > 0) & (group_B >= 0)
+    centred_B, sum_squares_B, count_B = group_deviations(nll_B, group_B, there_B)
+    z_B = centred_B / (jnp.sqrt(sum_squares_B / jnp.maximum(count_B, 1)) + 1e-6)
+    return jnp.broadcast_to((1 - alpha * jnp.where(there_B, z_B, 0.0))[:, None], tokens.p_BT.shape)
+
+
+def _low_prob(tokens: Tokens, alpha: Any) -> jax.Array:
+    return 1 + alpha * tokens.rest_BT
+
+
+REWEIGHTINGS: dict[str, Reweighting] = {
+    "none": Reweighting(lambda tokens, alpha: jnp.ones_like(tokens.p_BT)),
+    "low_prob": Reweighting(_low_prob),
+    "high_prob": Reweighting(lambda tokens, alpha: alpha * tokens.p_BT + 1 - alpha),
+    "ppl": Reweighting(_ppl),
+    "ppl_norm": Reweighting(_ppl_norm),
+    "ppl_norm_clamp": Reweighting(lambda tokens, alpha: jnp.clip(_ppl_norm(tokens, alpha), 0.8, 1.2)),
+    "middle": Reweighting(lambda tokens, alpha: alpha + tokens.p_BT * tokens.rest_BT),
+    "inverse": Reweighting(
+        lambda tokens, alpha: 1 / (alpha + tokens.rest_BT),
+        alpha=("a number > 0, without which re-weighting 'inverse' is unbounded", positive),
+    ),
+    "current_linear": Reweighting(_low_prob, current=True),
+    "current_focal": Reweighting(
+        lambda tokens, alpha: tokens.rest_BT**alpha,
+        current=True,
+        alpha=("a number >= 0, without which re-weighting 'current_focal' is unbounded", not_negative),
+    ),
+    "uniform": Reweighting(_uniform),
+    "shuffled": Reweighting(_shuffled),
+}
+
+# Where the advantage is of the wanted sign.
+SIGNS: dict[str, Callable[[jax.Array], Any]] = {
+    "all": lambda advantages_BT: True,
+    "positive": lambda advantages_BT: advantages_BT > 0,
+    "negative": lambda advantages_BT: advantages_BT < 0,
+}
+
+Named = str | Reweighting | Callable[..., Any]
+
+
+def reweighting_of(kind: Named) -> Reweighting:
+    """The re-weighting that a name stands for; a function `(tokens, alpha) -> weight_BT` becomes one.
+
+    Raises:
+      ValueError: a name that is none of `REWEIGHTINGS` and cannot be imported as "module:name" either.
+    """
+    return entry("kind", REWEIGHTINGS, kind, of=Reweighting)
 
 
 def reweight(
-    kind: str,
+    kind: Named,
     advantages_BT: Values,
     old_logp_BT: Values,
     mask_BT: Mask,
@@ -59,80 +141,41 @@ def reweight(
     | current_linear, current_focal | 1 + a (1 - p), (1 - p)^a with p of the *current* policy |
     | uniform | the mean of low_prob's weights over all response tokens (control: size without place) |
     | shuffled | low_prob's weights permuted over all response tokens (control; needs `key`) |
+    | a `Reweighting`, a function `(tokens, alpha) -> weight_BT`, "module:name" | your own |
 
     `where` = "all", "positive" (only tokens with A > 0) or "negative" (A < 0), and `token_mask_BT` (see `token_mask`)
     select the tokens; the statistics of ppl, uniform and shuffled are over all tokens of `mask_BT` either way. Those of
-    ppl_norm, uniform and shuffled want the whole batch, not a micro-batch. For the kinds in `CURRENT_REWEIGHTINGS` call
-    this inside the loss with the current policy's log-probabilities as `old_logp_BT`. No gradient flows through any
-    weight. Rows with an empty mask, and rows with a negative group id, enter no statistic. The result is at least
-    float32, whatever the advantages are.
+    ppl_norm, uniform and shuffled want the whole batch, not a micro-batch. For the kinds that are `current` call this
+    inside the loss with the current policy's log-probabilities as `old_logp_BT`. No gradient flows through any weight.
+    Rows with an empty mask, and rows with a negative group id, enter no statistic. The result is at least float32,
+    whatever the advantages are.
     """
-    if kind not in REWEIGHTINGS:
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(REWEIGHTINGS)}")
-    if where not in ("all", "positive", "negative"):
-        raise ValueError(f"where={where!r}: expected 'all', 'positive' or 'negative'")
-    require("alpha", alpha, "a finite number", np.isfinite)
-    if kind == "inverse":
-        require("alpha", alpha, "a number > 0, without which re-weighting 'inverse' is unbounded", positive)
-    if kind == "current_focal":
-        require("alpha", alpha, "a number >= 0, without which re-weighting 'current_focal' is unbounded", not_negative)
-    require_same_shape(
-        advantages_BT=advantages_BT, old_logp_BT=old_logp_BT, mask_BT=mask_BT, token_mask_BT=token_mask_BT
+    tokens = Tokens(
+        mask_BT, old_logp_BT, advantages_BT=advantages_BT, reweight_mask_BT=token_mask_BT, group_B=group_B, key=key
     )
-    advantages_BT, mask_BT = widen(advantages_BT), jnp.asarray(mask_BT)
-    counted_BT = mask_BT > 0
-    logp_BT = jax.lax.stop_gradient(masked(old_logp_BT, counted_BT))
-    weight_BT = _weights(kind, logp_BT, counted_BT, alpha, group_B, key)
+    return reweighted(kind, tokens, alpha=alpha, where=where)
 
-    chosen_BT = counted_BT
-    if token_mask_BT is not None:
-        chosen_BT &= jnp.asarray(token_mask_BT) > 0
-    if where != "all":
-        chosen_BT &= advantages_BT > 0 if where == "positive" else advantages_BT < 0
+
+def reweighted(kind: Named, tokens: Tokens, *, alpha: ArrayLike, where: str = "all") -> Float[jax.Array, "B T"]:
+    """`reweight` of the advantages of a `Tokens`, where its `reweight_mask_BT` is 1 (None: everywhere)."""
+    how, chosen = reweighting_of(kind), entry("where", SIGNS, where)
+    require("alpha", alpha, "a finite number", np.isfinite)
+    if how.alpha is not None:
+        require("alpha", alpha, *how.alpha)
+    require_same_shape(
+        advantages_BT=tokens.advantages_BT,
+        old_logp_BT=tokens.old_logp_BT,
+        mask_BT=tokens.response_BT,
+        token_mask_BT=tokens.reweight_mask_BT,
+    )
+    advantages_BT, counted_BT = widen(tokens.advantages_BT), tokens.counted_BT
+    old_logp_BT = jax.lax.stop_gradient(masked(tokens.old_logp_BT, counted_BT))
+    weight_BT = jax.lax.stop_gradient(how.weight(tokens._replace(old_logp_BT=old_logp_BT), alpha))
+    if np.shape(weight_BT) != np.shape(advantages_BT):
+        raise ValueError(
+            f"kind={kind!r} gave weights {np.shape(weight_BT)}: expected {np.shape(advantages_BT)}, one per token"
+        )
+    chosen_BT = counted_BT & chosen(advantages_BT)
+    if tokens.reweight_mask_BT is not None:
+        chosen_BT &= jnp.asarray(tokens.reweight_mask_BT) > 0
     return advantages_BT * jnp.where(chosen_BT, weight_BT, 1.0)
-
-
-def _weights(kind: str, logp_BT, counted_BT, alpha, group_B, key) -> jax.Array:
-    p_BT = jnp.exp(logp_BT)
-    rest_BT = jnp.maximum(-jnp.expm1(logp_BT), 0.0)  # 1 - p without cancellation; a log-prob may round above 0
-    if kind == "none":
-        return jnp.ones_like(p_BT)
-    if kind in ("low_prob", "current_linear"):
-        return 1 + alpha * rest_BT
-    if kind == "current_focal":
-        return rest_BT**alpha
-    if kind == "high_prob":
-        return alpha * p_BT + 1 - alpha
-    if kind == "middle":
-        return alpha + p_BT * rest_BT
-    if kind == "inverse":
-        return 1 / (alpha + rest_BT)
-    if kind == "uniform":
-        return jnp.full_like(p_BT, 1 + alpha * jnp.sum(masked(rest_BT, counted_BT)) / jnp.maximum(counted_BT.sum(), 1))
-    if kind == "shuffled":
-        if key is None:
-            raise ValueError("key=None: re-weighting 'shuffled' needs a jax random key")
-        return _shuffle(1 + alpha * rest_BT, counted_BT, jnp.asarray(key))
-
-    length_B = counted_BT.sum(axis=-1)
-    nll_B = -logp_BT.sum(axis=-1) / jnp.maximum(length_B, 1)
-    if kind == "ppl":
-        return jnp.broadcast_to((1 - alpha * nll_B)[:, None], p_BT.shape)
-    if group_B is None:
-        raise ValueError(f"group_B=None: re-weighting {kind!r} compares the responses of a prompt")
-    group_B = group_ids(group_B)
-    centred_B, sum_squares_B, count_B = group_deviations(nll_B, group_B, (length_B > 0) & (group_B >= 0))
-    z_B = centred_B / (jnp.sqrt(sum_squares_B / jnp.maximum(count_B, 1)) + 1e-6)
-    weight_B = 1 - alpha * jnp.where((length_B > 0) & (group_B >= 0), z_B, 0.0)
-    if kind == "ppl_norm_clamp":
-        weight_B = jnp.clip(weight_B, 0.8, 1.2)
-    return jnp.broadcast_to(weight_B[:, None], p_BT.shape)
-
-
-def _shuffle(values_BT: jax.Array, counted_BT: jax.Array, key: jax.Array) -> jax.Array:
-    """A uniformly random permutation of the counted values among the counted places."""
-    order_N = jax.random.permutation(key, values_BT.size)
-    places_N = jnp.argsort(~counted_BT.ravel(), stable=True)
-    sources_N = order_N[jnp.argsort(~counted_BT.ravel()[order_N], stable=True)]
-    values_N = values_BT.ravel()
-    return values_N.at[places_N].set(values_N[sources_N]).reshape(values_BT.shape)

@@ -10,17 +10,17 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from rlvr_jax.bounds import Text
+from rlvr_jax.entries import is_own, source_sha256
 from rlvr_jax.rewards import rules
 from rlvr_jax.rewards.process import Worker, dismiss, from_outside, stop_teams, wait
 
 log = logging.getLogger(__name__)
 
 RULES = ("math_verify", "dapo_answer", "reasoning_gym")
-RULE = Text(f"{', '.join(RULES)} or module:function", "|".join((*RULES, r"[\w.]+:[\w.]+")))
+RULE = Text.entry_of(RULES)
 RuleName = Annotated[str, RULE]
 REMEMBERED = 1 << 17  # verdicts kept
 OVERRUNS_REMEMBERED = 2  # a pair that failed this often is not tried again: once may be the machine's fault
@@ -74,10 +74,8 @@ class Graded(_Verdict):
 
 def rule_version(rule: str) -> str:
     """What verdicts of a rule depend on: the versions of the libraries, or the file of a rule of one's own."""
-    module = rule.partition(":")[0] if ":" in rule else ""
-    spec = importlib.util.find_spec(module) if module else None
-    if spec is not None and spec.origin is not None:
-        return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    if is_own(rule) and (digest := source_sha256(rule)):
+        return digest
     found = []
     for name in ("rlvr_jax", "math-verify", "reasoning-gym"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
