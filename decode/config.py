@@ -169,6 +169,7 @@ class DecodeConfig:
       prompt_suffix: appended to the stripped user turn
       template_args: arguments of the chat template, such as enable_thinking=false
       tokenizer: folder of the tokenizer and chat template; default: rl where given, else base
+      changed_code: resume although the file of a criterion or grader of your own is not what the run began with
       stop_token_ids: end of a response; default: those of the tokenizer and of the models' generation_config.json, or
         of config.json where that names none
       graders: math_verify (last boxed answer), dapo_answer (last "Answer:" line), reasoning_gym (of its problems), or

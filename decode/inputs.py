@@ -69,8 +69,9 @@ def read_inputs(config: DecodeConfig) -> Inputs:
     _check_lengths(config, models, problems, prompts)
     fingerprints = {"problem file": _hash_problems(config.problems, problems)}
     fingerprints |= of_pair(folders, tokenizer, tokenizer_folder)
-    own = {setting.criterion for setting in config.settings} | set(config.graders)
-    fingerprints |= of_code(("criterion or grader", name) for name in own if is_own(name))
+    named = [("criterion", setting.criterion or "") for setting in config.settings]
+    named += [("grader", name) for name in config.graders]
+    fingerprints |= of_code((key, name) for key, name in named if is_own(name))
     return Inputs(
         tokenizer=tokenizer,
         folders=folders,

@@ -27,6 +27,7 @@ from rlvr_jax.objectives.policy import LOSSES, Clips, aggregate
 from rlvr_jax.objectives.reweight import reweighted, reweighting_of
 from rlvr_jax.objectives.tokens import Tokens
 from rlvr_jax.sharding import training_options
+from rlvr_jax.typing import Array, Real
 
 Apply = Callable[..., tuple[jax.Array, jax.Array]]
 Choice = str | Callable[..., Any]
@@ -60,7 +61,7 @@ def make_scorer(apply: Apply, *, chunk: int = 1024) -> Callable[..., tuple[jax.A
 
 def step_advantages(
     tokens: Tokens,
-    score_B: ArrayLike,
+    score_B: Real[Array, " B"],
     *,
     normalize_by_std: bool = True,
     num_groups: int | None = None,
@@ -142,6 +143,10 @@ def make_loss(
             tokens = tokens._replace(advantages_BT=reweighted(how, seen, alpha=batch["alpha"], where=where))
         clips = Clips(batch["clip_low"], batch["clip_high"], batch.get("clip_dual"))
         loss_BT, metrics = policy(logp_BT, tokens, clips)
+        if np.shape(loss_BT) != logp_BT.shape:
+            raise ValueError(
+                f"loss={loss!r} gave an array {np.shape(loss_BT)}: expected {logp_BT.shape}, one per token"
+            )
         if tokens.importance_BT is not None:
             loss_BT = loss_BT * tokens.importance_BT
         if "kl_coef" in batch:

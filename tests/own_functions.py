@@ -15,9 +15,12 @@ def surprise(logp_base_BV, logp_rl_BV, token_B):
 shrunk = Criterion(of_delta=lambda delta: delta / 2, below=True, signed=True)
 
 
-def by_dlogp(tokens, alpha):
-    """Weighs a token by what the update has done to it so far."""
+def _by_dlogp(tokens, alpha):
     return 1 + alpha * jnp.tanh(tokens.old_logp_BT - tokens.ref_logp_BT)
+
+
+# Weighs a token by what the update has done to it so far.
+by_dlogp = Reweighting(_by_dlogp, reference=True)
 
 
 by_the_current_policy = Reweighting(lambda tokens, alpha: 1 + alpha * tokens.rest_BT**2, current=True)

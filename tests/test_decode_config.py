@@ -67,7 +67,7 @@ def test_the_published_recipes(recipe, tau, gamma):
         ({"criterion": None, "tau": None, "match_rate": (0.1,)}, "match_rate: expected --criterion"),
         ({"seeds": (2**31,)}, "seeds has 2147483648: expected 0 to 2,147,483,647"),
         ({"criterion": "all"}, "tau=-0.3: criterion all looks at no threshold"),
-        ({"graders": ("maths",)}, "graders has 'maths': expected math_verify, dapo_answer"),
+        ({"graders": ("maths",)}, "graders has 'maths': expected one of math_verify, dapo_answer"),
         ({"tau": None}, "tau missing: criterion delta_logp needs a threshold"),
         ({"criterion": "dlogp"}, "criterion='dlogp': expected one of delta_logp, "),
         ({"criterion": None}, "criterion missing"),
@@ -210,7 +210,7 @@ def test_the_help_lists_the_criteria(capsys):
     assert "--grid.criteria" in text
     assert all(criterion in text for criterion in CRITERIA)
     assert "--role" not in text
-    with pytest.raises(ValueError, match="grid.criteria has 'dlogp': expected one of delta_logp, "):
+    with pytest.raises(ValueError, match=r"grid\.criteria has 'dlogp': expected one of delta_logp, "):
         parsed("--grid.criteria", "dlogp")
 
 

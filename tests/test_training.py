@@ -18,7 +18,7 @@ from rlvr_jax.training import (
 )
 from tests.tiny import tiny_config
 from train.config import AlgorithmConfig, MaskConfig, ReweightConfig
-from train.objective import advantages, loss_arrays, make_loss, scalars
+from train.objective import advantages, make_loss, scalars
 
 P, R, N, GROUPS = 5, 7, 16, 4
 
@@ -200,7 +200,7 @@ def dapo_update(mesh_sizes, micro_batches, algorithm):
         old_logp = old_logp - 0.3 * jnp.sin(jnp.arange(R)) * response
         given = Tokens(response, old_logp, entropy, group_B=group, key=jax.random.key(3))
         _, made = advantages(algorithm, score, given, np.float32(0.5))
-        batch = {"tokens_BT": tokens, "segment_BT": mask} | scalars(algorithm, 1.0) | at_tokens(**loss_arrays(made))
+        batch = {"tokens_BT": tokens, "segment_BT": mask} | scalars(algorithm, 1.0) | at_tokens(**made.arrays())
         weighted = made.advantages_BT
         state = TrainState.create(params, optimizer)
         step = make_train_step(
@@ -300,7 +300,7 @@ def test_padding_rows_count_for_nothing(one_device):
     old_logp = old_logp - 0.3 * jnp.sin(jnp.arange(R)) * response
     given = Tokens(response, old_logp, entropy, group_B=group, key=jax.random.key(3))
     _, made = advantages(PAPER, score, given, np.float32(0.5))
-    batch = {"tokens_BT": tokens, "segment_BT": mask} | scalars(PAPER, 1.0) | at_tokens(**loss_arrays(made))
+    batch = {"tokens_BT": tokens, "segment_BT": mask} | scalars(PAPER, 1.0) | at_tokens(**made.arrays())
     weighted = made.advantages_BT
     step = make_train_step(apply, optimizer, make_loss(PAPER, chunk=16, max_response=R))
     before = jax.tree.map(np.array, params)

@@ -29,7 +29,7 @@ from rlvr_jax.distributed import DistributedConfig
 from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
 from rlvr_jax.objectives.masks import TOKEN_MASKS, token_mask_of
 from rlvr_jax.objectives.policy import AGGREGATIONS, LOSSES
-from rlvr_jax.objectives.reweight import REWEIGHTINGS
+from rlvr_jax.objectives.reweight import REWEIGHTINGS, reweighting_of
 from rlvr_jax.rewards.pool import RuleName
 
 # What AdamW takes, of both training programs.
@@ -134,11 +134,6 @@ class MaskConfig:
     """A kind of `rlvr_jax.token_mask`, or "module:name" of your own; "all": every response token."""
     quantile: Share = 0.8
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the kind compares with the reference (base) model, which then runs over every batch."""
-        return token_mask_of(self.kind).reference
-
 
 @dataclasses.dataclass(frozen=True)
 class ReweightConfig:
@@ -201,7 +196,9 @@ class AlgorithmConfig:
     @property
     def needs_reference(self) -> bool:
         """Whether the reference (base) model runs over every batch."""
-        return self.kl_coef > 0 or self.loss_mask.needs_reference or self.reweight.mask.needs_reference
+        masks = (self.loss_mask.kind, self.reweight.mask.kind)
+        needed = [token_mask_of(kind).reference for kind in masks] + [reweighting_of(self.reweight.kind).reference]
+        return self.kl_coef > 0 or any(needed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,28 +100,23 @@ def check_functions(algorithm: AlgorithmConfig) -> None:
         shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(objective, jnp.ones((B, T, D))))
     except Exception as error:  # whatever the user's function raises
         said = ", ".join(f"{key}={name}" for key, name in own.items())
-        raise ValueError(f"{said}: failed on a tiny batch: {type(error).__name__}: {error}") from error
+        first = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"{said}: failed on a tiny batch: {type(error).__name__}: {first:.500}") from error
     wrong = [name for name, pair in shapes[1].items() if pair != ((), ())]
     if wrong:
         raise ValueError(f"algorithm.loss={algorithm.loss}: metric {wrong[0]!r} is no (sum, weight) of two numbers")
 
 
 def loss_dtypes(algorithm: AlgorithmConfig) -> dict[str, np.dtype]:
-    """The arrays of `loss_arrays` in a run, with their dtypes."""
+    """The dtype of each array that a step of a run sends to the loss."""
     return {name: x.dtype for name, x in jax.eval_shape(lambda: _tiny_arrays(algorithm, 2, 3)).items()}
 
 
 def _tiny_arrays(algorithm: AlgorithmConfig, B: int, T: int) -> dict[str, jax.Array]:
-    """`loss_arrays` of a step of so many responses and tokens."""
+    """What a step of so many responses and tokens sends to the loss."""
     logp_BT = -jnp.ones((B, T))
     reference = logp_BT if algorithm.needs_reference else None
     tokens = Tokens(jnp.ones((B, T), jnp.int32), logp_BT, logp_BT, reference, logp_BT)
     tokens = tokens._replace(group_B=jnp.arange(B), key=jax.random.key(0))
     small, alpha = dataclasses.replace(algorithm, train_batch=B), jnp.float32(algorithm.reweight.alpha)
-    return loss_arrays(advantages(small, jnp.ones(B), tokens, alpha)[1])
-
-
-def loss_arrays(tokens: Tokens) -> dict[str, Any]:
-    """The arrays of a step that go to the loss, by name: all, since a compiled loss drops what it does not use."""
-    whole_step = ("group_B", "key", "segment_BT")
-    return {name: x for name, x in tokens._asdict().items() if x is not None and name not in whole_step}
+    return advantages(small, jnp.ones(B), tokens, alpha)[1].arrays()

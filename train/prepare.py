@@ -232,7 +232,7 @@ def _of_functions(algorithm: AlgorithmConfig) -> Iterator[Fault]:
         yield Fault("algorithm", str(error))
         return
     key, alpha, wanted = "algorithm.reweight.alpha", algorithm.reweight.alpha, reweighting_of(algorithm.reweight.kind)
-    if wanted.alpha is not None and not wanted.alpha[1](np.float64(alpha)):
+    if wanted.alpha is not None and not wanted.alpha[1](np.asarray(alpha)):
         yield Fault(key, f"{key}={alpha}: expected {wanted.alpha[0]}")
 
 

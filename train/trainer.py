@@ -10,11 +10,12 @@ from rlvr_jax.data.packing import PackedRows
 from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.distributed import place, to_host
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.objectives.tokens import Tokens
 from rlvr_jax.rewards.overlong import overlong_penalty
 from rlvr_jax.sharding import ShardingRules
 from rlvr_jax.training import TrainState, warmup_constant, with_learning_rate
 from train.config import Config
-from train.objective import advantages, loss_arrays, scalars
+from train.objective import advantages, scalars
 from train.programs import make_optimizer, make_programs, row_length
 from train.rollout import Group
 from train.step_metrics import at_ratio_one, gap_metrics, importance_metrics, token_metrics
@@ -128,7 +129,7 @@ class Trainer:
         on_phase("update")
         lr = warmup_constant(trainer_step, peak=config.optim.lr, warmup=config.optim.warmup)
         self.state = with_learning_rate(self.state, lr)
-        arrays = loss_arrays(tokens)
+        arrays = tokens.arrays()
         made = []
         for number, part in enumerate(packed):
             made.append(self._update(number, part, arrays))

@@ -25,11 +25,13 @@ class Reweighting:
       weight: `(tokens, alpha) -> weight_BT` of a `Tokens`, whose `old_logp_BT` is 0 off the responses.
       current: it weighs by the policy being trained. So it is called inside the loss, with that policy's log-probs as
         `old_logp_BT`, and may not compare the responses of a step.
+      reference: it compares with the reference (base) model, so `ref_logp_BT` must be there.
       alpha: what alpha must be, in words and as a test; None: any finite number.
     """
 
     weight: Callable[[Tokens, Any], jax.Array]
     current: bool = False
+    reference: bool = False
     alpha: tuple[str, Callable[[np.ndarray], Any]] | None = None
 
 

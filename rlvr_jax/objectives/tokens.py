@@ -68,6 +68,10 @@ class Tokens(NamedTuple):
         """1 - p without cancellation, 0 elsewhere; a log-prob may round above 0."""
         return jnp.maximum(-jnp.expm1(masked(self.old_logp_BT, self.counted_BT)), 0.0)
 
+    def arrays(self) -> dict[str, Any]:
+        """The arrays [B, T] that are there, by name: what goes to the loss, which drops those it does not use."""
+        return {k: x for k, x in self._asdict().items() if k.endswith("_BT") and k != "segment_BT" and x is not None}
+
     def needed(self, name: str, by: str) -> Any:
         """A field. Raises ValueError where it is not there."""
         value = getattr(self, name)
