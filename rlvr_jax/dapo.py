@@ -144,9 +144,7 @@ def make_loss(
         clips = Clips(batch["clip_low"], batch["clip_high"], batch.get("clip_dual"))
         loss_BT, metrics = policy(logp_BT, tokens, clips)
         if np.shape(loss_BT) != logp_BT.shape:
-            raise ValueError(
-                f"loss={loss!r} gave an array {np.shape(loss_BT)}: expected {logp_BT.shape}, one per token"
-            )
+            raise ValueError(f"loss={loss!r} gave an array {np.shape(loss_BT)}: expected {logp_BT.shape}, as logp_BT")
         if tokens.importance_BT is not None:
             loss_BT = loss_BT * tokens.importance_BT
         if "kl_coef" in batch:

@@ -2,8 +2,8 @@
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer, Num, PRNGKeyArray, Real
+from jaxtyping import Bool, Float, Int, Integer, Num, PRNGKeyArray, Real, Shaped
 
 Array = jax.Array | np.ndarray
 
-__all__ = ["Array", "Bool", "Float", "Int", "Integer", "Num", "PRNGKeyArray", "Real"]
+__all__ = ["Array", "Bool", "Float", "Int", "Integer", "Num", "PRNGKeyArray", "Real", "Shaped"]

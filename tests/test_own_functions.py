@@ -1,4 +1,4 @@
-"""Functions of the user's own where a name is taken: in the library, in a run, on the command line. README's example."""
+"""Functions of the user's own where a name is taken: in the library, in a run, in commands. README's example."""
 
 import dataclasses
 import re
@@ -103,7 +103,8 @@ def test_they_make_a_trainer_step():
     ],
 )
 def test_what_is_wrong_is_said_before_a_file_is_opened(changes, message):
-    found = [fault.sentence for fault in value_faults(c.Config(algorithm=algorithm(**changes)))]
+    config = c.Config(model=c.ModelConfig(path="m"), data=c.DataConfig(train="d"), algorithm=algorithm(**changes))
+    found = [fault.sentence for fault in value_faults(config)]
     assert not found if message is None else any(message in sentence for sentence in found), found
 
 

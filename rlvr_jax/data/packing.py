@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlvr_jax.typing import Int, Num
+from rlvr_jax.typing import Int, Num, Shaped
 
 
 class Packing(NamedTuple):
@@ -68,7 +68,7 @@ def places(packing: Packing, offsets_N: Int[np.ndarray, " N"], lengths_N: Int[np
     return np.repeat(begins_N, lengths_N) + within
 
 
-def scatter(values: Num[np.ndarray, " M"], at: np.ndarray, shape: tuple[int, int]) -> Num[np.ndarray, "R T"]:
+def scatter(values: Shaped[np.ndarray, " M"], at: np.ndarray, shape: tuple[int, int]) -> Shaped[np.ndarray, "R T"]:
     """An array of `shape`, zero but for `values` at the flat places `at`."""
     made = np.zeros(shape, values.dtype)
     made.reshape(-1)[at] = values
@@ -123,7 +123,7 @@ class PackedRows:
         """Share of the computed tokens that are padding."""
         return float((self.segments == 0).mean())
 
-    def spread(self, values_NR: Num[np.ndarray, "N R"]) -> Num[np.ndarray, "rows T"]:
+    def spread(self, values_NR: Shaped[np.ndarray, "N R"]) -> Shaped[np.ndarray, "rows T"]:
         """Per-token values of the responses at their places in the rows, 0 elsewhere."""
         return scatter(values_NR[self.response_NR], self.places, self.tokens.shape)
 
