@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train_wiring import MODEL, N, R, groups, one_device, trainer
 
 import rlvr_jax as rj
 from rlvr_jax.entries import source_sha256
 from rlvr_jax.fingerprint import of_code
 from rlvr_jax.models.qwen import init_params
 from tests import own_functions
+from tests.test_train_wiring import MODEL, N, R, groups, one_device, trainer
 from tests.tiny import tiny_checkpoint
 from train import config as c
 from train.objective import check_functions

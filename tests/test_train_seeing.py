@@ -251,7 +251,7 @@ def test_weights_and_the_gradient_by_probability_of_a_step(kind, aggregation):
     algorithm = c.AlgorithmConfig(reweight=c.ReweightConfig(kind, 0.4, "positive"), aggregation=aggregation)
     logp, plain = np.log(P).astype(np.float32), np.broadcast_to(A[:, None], P.shape)
     chosen = np.ones_like(RESPONSE)
-    early = "none" if kind == "current_linear" else kind  # what train.dapo.advantages leaves to the loss
+    early = "none" if kind == "current_linear" else kind  # what `step_advantages` leaves to the loss
     each = np.asarray(reweight(early, plain, logp, RESPONSE, alpha=0.4, where="positive"))
     weighed = at_ratio_one(algorithm, each, logp, RESPONSE, chosen)
     metrics, weight = token_metrics(algorithm, A, weighed, logp, RESPONSE, RESPONSE)
