@@ -27,13 +27,15 @@ from rlvr_jax.objectives.policy import LOSSES, Clips, aggregate
 from rlvr_jax.objectives.reweight import reweighted, reweighting_of
 from rlvr_jax.objectives.tokens import Tokens
 from rlvr_jax.sharding import training_options
-from rlvr_jax.typing import Array, Real
+from rlvr_jax.typing import Array, Integer, Real
 
 Apply = Callable[..., tuple[jax.Array, jax.Array]]
 Choice = str | Callable[..., Any]
 
 
-def sequence_logprobs(apply: Apply, params: Any, tokens_BT: jax.Array, segment_BT: jax.Array, **options: Any) -> Any:
+def sequence_logprobs(
+    apply: Apply, params: Any, tokens_BT: Integer[Array, "B T"], segment_BT: Integer[Array, "B T"], **options: Any
+) -> Any:
     """`chunked_logprobs` of every token given those before it; the first column, which has none, gets 0.
 
     `segment_BT` is 0 on padding and numbers the sequences of a row from 1; what stands at the first token of a
@@ -50,7 +52,7 @@ def make_scorer(apply: Apply, *, chunk: int = 1024) -> Callable[..., tuple[jax.A
 
     @functools.partial(jax.jit, compiler_options=training_options())
     def score(
-        params: Any, tokens_BT: jax.Array, segment_BT: jax.Array, temperature: ArrayLike
+        params: Any, tokens_BT: Integer[Array, "B T"], segment_BT: Integer[Array, "B T"], temperature: ArrayLike
     ) -> tuple[jax.Array, jax.Array]:
         return sequence_logprobs(
             apply, params, tokens_BT, segment_BT, temperature=temperature, chunk=chunk, entropy=True

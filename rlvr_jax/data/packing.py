@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -96,7 +96,7 @@ class PackedRows:
     @classmethod
     def of(
         cls,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[Any] | np.ndarray],
         tokens_NR: np.ndarray,
         response_NR: np.ndarray,
         *,

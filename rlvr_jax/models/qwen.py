@@ -312,7 +312,7 @@ def logits(config: QwenConfig, params: Params, hidden: Float[Array, "*B D"]) -> 
 def model_apply(config: QwenConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """A model for `rlvr_jax.dapo`: `apply(params, tokens_BT, positions_BT, mask_BT) -> (hidden_BTD, unembed_DV)`."""
 
-    def apply(params: Params, tokens_BT: jax.Array, positions_BT: jax.Array | None, mask_BT: jax.Array) -> tuple:
+    def apply(params: Params, tokens_BT: Array, positions_BT: Array | None, mask_BT: Array) -> tuple:
         return hidden_states(config, params, tokens_BT, positions_BT, mask_BT), unembedding(config, params)
 
     return apply
