@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.decoding.slots import empty_slots
 from rlvr_jax.decoding.state import LanguageModel
 from rlvr_jax.decoding.steps import Rule, advance
@@ -35,7 +34,8 @@ from rlvr_jax.models.decode_weights import prepared_shapes
 from rlvr_jax.planning import process
 from rlvr_jax.planning.models import PUBLISHED
 from rlvr_jax.planning.topology import Topology
-from rlvr_jax.sharding import DEFAULT_RULES
+from rlvr_jax.sharding.decode_layout import decode_mesh
+from rlvr_jax.sharding.rules import DEFAULT_RULES
 
 _MODELS = {
     "qwen3-0.6b": PUBLISHED["Qwen/Qwen3-0.6B"],

@@ -34,8 +34,8 @@ from benchmarks.report import (
     rows_table,
 )
 from benchmarks.worker import Worker, WorkerError
-from rlvr_jax.files import write_json
-from rlvr_jax.program import RunError, run_program
+from rlvr_jax.runs.files import write_json
+from rlvr_jax.runs.program import RunError, run_program
 
 Peer = Literal["ours", "transformers-fp32", "transformers-bf16", "vllm"]
 _PAUSE = 0.3  # seconds in which another side's threads stop waiting for work in a busy loop

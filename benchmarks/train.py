@@ -21,8 +21,8 @@ from rich.table import Table
 from benchmarks import train_cases as cases
 from benchmarks.decode import machine, say
 from benchmarks.worker import Worker, WorkerError
-from rlvr_jax.files import write_json
-from rlvr_jax.program import RunError, run_program
+from rlvr_jax.runs.files import write_json
+from rlvr_jax.runs.program import RunError, run_program
 
 OURS, TORCH, TUNIX = "ours", "torch fp32", "tunix"
 _TABLE = Console(width=160)

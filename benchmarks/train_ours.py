@@ -18,7 +18,7 @@ from rlvr_jax.data.packing import PackedRows
 from rlvr_jax.models.qwen import model_apply
 from rlvr_jax.training import TrainState, adamw, make_accumulating_step, with_learning_rate
 from train.config import AlgorithmConfig, ReweightConfig
-from train.objective import make_loss, scalars
+from train.step.objective import make_loss, scalars
 
 _RATE_SECONDS = 0.3  # of each product
 

@@ -21,11 +21,11 @@ from benchmarks.pair import config_of, random_params
 from demo import task
 from rlvr_jax import load_hf, save_hf
 from rlvr_jax.data.text import load_tokenizer
-from rlvr_jax.files import write_json
-from rlvr_jax.program import RunError, run_program
+from rlvr_jax.runs.files import write_json
+from rlvr_jax.runs.program import RunError, run_program
 from train import config as c
-from train.loop import _Run, run
-from train.prepare import check
+from train.check.prepare import check
+from train.run.loop import _Run, run
 
 _RUNS = "ThunkExecutor::Execute"  # a compiled program, in a trace of XLA's CPU backend
 BAR = 0.05

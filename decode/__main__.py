@@ -7,15 +7,17 @@ With `--plan v6e:4x4` its programs are compiled for that topology, and what they
 The same command resumes where a killed run stopped. All flags: `python -m decode --help`.
 
 `python -m decode compare RUN RUN ...` tabulates and draws what runs have found.
-`python -m decode diagnose --base B --rl R --responses FILE` shows an update token by token; see `decode.diagnose`.
+`python -m decode diagnose --base B --rl R --responses FILE` shows an update token by token; see `decode.diagnose.run`.
 """
 
 import sys
 
-from decode import compare, compiled, diagnose
+from decode.check import compiled
+from decode.diagnose import run as diagnose
+from decode.results import compare
 from decode.run import prepare, run
 from rlvr_jax.planning import command
-from rlvr_jax.program import run_program
+from rlvr_jax.runs.program import run_program
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compare"]:

@@ -5,7 +5,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rlvr_jax.bounds import (
+from rlvr_jax.criteria import CRITERIA, criterion_of
+from rlvr_jax.data.template_args import TemplateArgs
+from rlvr_jax.rewards.pool import RuleName
+from rlvr_jax.runs.bounds import (
     Axis,
     Count,
     Gigabytes,
@@ -26,10 +29,7 @@ from rlvr_jax.bounds import (
     faults,
     require,
 )
-from rlvr_jax.criteria import CRITERIA, criterion_of
-from rlvr_jax.data.template_args import TemplateArgs
-from rlvr_jax.distributed import DistributedConfig
-from rlvr_jax.rewards.pool import RuleName
+from rlvr_jax.runs.distributed import DistributedConfig
 
 CriterionName = Annotated[str, Text.entry_of(CRITERIA)]
 Control = Literal["gamma0", "abs_delta_logp", "rl", "temperatures", "base"]

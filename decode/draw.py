@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from decode.check.inputs import Inputs
 from decode.config import DecodeConfig, Setting
-from decode.inputs import Inputs
-from rlvr_jax.decode_layout import DECODE_RULES
 from rlvr_jax.decoding.batch import Queue, make_queue, select_rows
 from rlvr_jax.decoding.engine import EngineStats, serve
 from rlvr_jax.decoding.selective import make_rule
@@ -21,7 +20,8 @@ from rlvr_jax.decoding.state import LanguageModel
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import RunError
+from rlvr_jax.runs.program import RunError
+from rlvr_jax.sharding.decode_layout import DECODE_RULES
 
 
 class Loaded(NamedTuple):

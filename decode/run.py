@@ -9,27 +9,27 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from decode.calibrate import calibrate, known_thresholds
+from decode.check.inputs import Inputs, read_inputs
+from decode.check.plan import plan
 from decode.config import DecodeConfig, MeshConfig, Setting
 from decode.draw import Models, Wanted, draw, load, program
-from decode.inputs import Inputs, read_inputs
-from decode.plan import plan
-from decode.progress import DecodeProgress, FinishedProblems, compilations
-from decode.results import Row, RowLog, TokenParts, check_resume, published, write_config
-from decode.summary import Outcome, remarks, summarise, with_differences, write_summaries
-from decode.sweep import resolve
-from decode.tables import print_settings
-from decode.writer import Destination, Writer
-from rlvr_jax.decode_layout import decode_mesh
+from decode.results.files import Row, RowLog, TokenParts, check_resume, published, write_config
+from decode.results.progress import DecodeProgress, FinishedProblems, compilations
+from decode.results.summary import Outcome, remarks, summarise, with_differences, write_summaries
+from decode.results.tables import print_settings
+from decode.results.writer import Destination, Writer
+from decode.settings.calibrate import calibrate, known_thresholds
+from decode.settings.sweep import resolve
 from rlvr_jax.decoding.memory import MemoryPlan
-from rlvr_jax.distributed import DistributedConfig, cluster, identity, initialize
-from rlvr_jax.files import remove_leftovers, write_json
 from rlvr_jax.models.config import platform_dtype
-from rlvr_jax.program import Preempted, Preemption, RunError, compile_cache, parse_config, writing_to
 from rlvr_jax.rewards.pool import RULES, GraderPool
-from rlvr_jax.run_folder import RunFolder
-from rlvr_jax.sharding import make_mesh
-from rlvr_jax.tables import screen
+from rlvr_jax.runs.distributed import DistributedConfig, cluster, identity, initialize
+from rlvr_jax.runs.files import remove_leftovers, write_json
+from rlvr_jax.runs.folder import RunFolder
+from rlvr_jax.runs.program import Preempted, Preemption, RunError, compile_cache, parse_config, writing_to
+from rlvr_jax.runs.tables import screen
+from rlvr_jax.sharding.decode_layout import decode_mesh
+from rlvr_jax.sharding.rules import make_mesh
 
 DESCRIPTION = "Batch decoding with one or two models. `python -m decode compare RUN RUN ...` compares finished runs."
 

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from decode.summary import write_summaries
-from decode.tables import print_settings
+from decode.results.summary import write_summaries
+from decode.results.tables import print_settings
 from demo import figure, study, task
-from rlvr_jax.bounds import Count, PathText, Range, Seed, require
-from rlvr_jax.checkpoint import check_place
-from rlvr_jax.files import atomic_path, write_json
-from rlvr_jax.lock import lock
-from rlvr_jax.program import RunError, config_dict, console, parse_flags, run_program
+from rlvr_jax.runs.bounds import Count, PathText, Range, Seed, require
+from rlvr_jax.runs.checkpoint import check_place
+from rlvr_jax.runs.files import atomic_path, write_json
+from rlvr_jax.runs.lock import lock
+from rlvr_jax.runs.program import RunError, config_dict, console, parse_flags, run_program
 
 STAGES = 6
 

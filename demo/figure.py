@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from rlvr_jax.files import atomic_path
+from rlvr_jax.runs.files import atomic_path
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from rlvr_jax.data.problems import write_problems
-from rlvr_jax.files import atomic_path, write_json
+from rlvr_jax.runs.files import atomic_path, write_json
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = ("user", "assistant", "\\boxed{")

@@ -24,7 +24,7 @@ from rlvr_jax.objectives.policy import aggregate, cispo_loss, gspo_loss, policy_
 from rlvr_jax.objectives.reweight import Reweighting, reweight
 from rlvr_jax.objectives.tokens import Tokens
 from rlvr_jax.rewards import Graded, dapo_answer_reward, math_verify_reward, overlong_penalty
-from rlvr_jax.sharding import ShardingRules, constrain, make_mesh
+from rlvr_jax.sharding.rules import ShardingRules, constrain, make_mesh
 from rlvr_jax.training import TrainState, adamw, make_train_step, with_learning_rate
 
 # In the order of the pipeline.

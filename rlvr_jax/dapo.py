@@ -26,7 +26,7 @@ from rlvr_jax.objectives.masks import kept_tokens
 from rlvr_jax.objectives.policy import LOSSES, Clips, aggregate
 from rlvr_jax.objectives.reweight import reweighted, reweighting_of
 from rlvr_jax.objectives.tokens import Tokens
-from rlvr_jax.sharding import training_options
+from rlvr_jax.sharding.rules import training_options
 from rlvr_jax.typing import Array, Integer, Real
 
 Apply = Callable[..., tuple[jax.Array, jax.Array]]

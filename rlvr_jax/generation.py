@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlvr_jax.criteria import Named
-from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.decoding.batch import Ids, Prompts, check_prompts, check_stop_tokens
 from rlvr_jax.decoding.checks import Numbers, check_count
 from rlvr_jax.decoding.engine import OnChunk
@@ -25,7 +24,8 @@ from rlvr_jax.models import decode_weights, qwen
 from rlvr_jax.models.cache import KVCache
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.vocabulary import common_vocabulary
-from rlvr_jax.sharding import constrain
+from rlvr_jax.sharding.decode_layout import decode_mesh
+from rlvr_jax.sharding.rules import constrain
 from rlvr_jax.typing import Array
 
 Params = Any

@@ -23,7 +23,7 @@ from rlvr_jax.decoding.selective import make_rule
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.vocabulary import common_vocabulary
-from rlvr_jax.sharding import batch_shards, constrain
+from rlvr_jax.sharding.rules import batch_shards, constrain
 from rlvr_jax.typing import Array
 
 Params = Any

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlvr_jax.distributed import place
-from rlvr_jax.sharding import training_options
+from rlvr_jax.runs.distributed import place
+from rlvr_jax.sharding.rules import training_options
 
 Tree = Any
 Scalar = jax.Array

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rlvr_jax.checkpoint import Checkpoints
+from rlvr_jax.runs.checkpoint import Checkpoints
 from tests.tiny import tiny_checkpoint, write_tiny_problems
-from train.loop import run
-from train.prepare import prepare
+from train.check.prepare import prepare
+from train.run.loop import run
 
 ROOT = Path(__file__).parent.parent
 

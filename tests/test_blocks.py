@@ -14,7 +14,7 @@ from rlvr_jax.decoding.engine import EngineStats, serve
 from rlvr_jax.decoding.selective import decode_selective, make_rule
 from rlvr_jax.direction import extrapolate
 from rlvr_jax.generation import generate_selective, language_model
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.sharding.rules import make_mesh
 from tests.decoding_tools import chi_square, softmax, tiny_qwen, toy_logits, toy_model, toy_params
 
 MODELS = (toy_model(),) * 2

@@ -11,16 +11,20 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from decode import compare, compiled, diagnose
 from decode import run as decoding
-from decode.compare import CompareConfig
+from decode.check import compiled
 from decode.config import DecodeConfig, Setting
-from decode.diagnose_config import DiagnoseConfig, PageCommand
+from decode.diagnose import run as diagnose
+from decode.diagnose.config import DiagnoseConfig, PageCommand
+from decode.results import compare
+from decode.results.compare import CompareConfig
 from demo import __main__ as demo
-from rlvr_jax.bounds import Range, Several, Text, faults, mark_of, parts, require, union_arms
+from rlvr_jax.runs.bounds import Range, Several, Text, faults, mark_of, parts, require, union_arms
 from train import config as c
-from train import plan, prepare, report, sft
-from train.report import ReportConfig
+from train import sft
+from train.check import plan, prepare
+from train.records import report
+from train.records.report import ReportConfig
 from train.sft import SFTConfig
 
 ROOT = Path(__file__).parent.parent

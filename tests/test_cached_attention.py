@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlvr_jax.decode_layout import decode_mesh
 from rlvr_jax.generation import language_model
 from rlvr_jax.models import layers, qwen
 from rlvr_jax.models.cache import KVCache, LayerCache, cache_bytes, grow_cache, init_cache, insert_cache, write_layer
-from rlvr_jax.models.cached_attention import CHUNK, _scores_cuda, cached_attention, live_chunks
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.models.kernels.cached_attention import CHUNK, _scores_cuda, cached_attention, live_chunks
+from rlvr_jax.sharding.decode_layout import decode_mesh
+from rlvr_jax.sharding.rules import make_mesh
 
 TINY = QwenConfig("qwen2", 50, 32, 48, 2, 4, 2, 8, qkv_bias=True, tie_word_embeddings=True, initializer_range=0.2)
 ONE_LAYER = dataclasses.replace(TINY, num_layers=1)

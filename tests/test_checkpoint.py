@@ -5,8 +5,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlvr_jax.checkpoint import Checkpoints, require_same_config
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.runs.checkpoint import Checkpoints, require_same_config
+from rlvr_jax.sharding.rules import make_mesh
 from rlvr_jax.training import TrainState, adamw
 
 

@@ -12,11 +12,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlvr_jax import checksums
-from rlvr_jax.checkpoint import Checkpoints, DamagedCheckpoint
-from rlvr_jax.program import RunError
-from rlvr_jax.sharding import make_mesh
-from train.resume import restore, resumable, run_folder
+from rlvr_jax.runs import checksums
+from rlvr_jax.runs.checkpoint import Checkpoints, DamagedCheckpoint
+from rlvr_jax.runs.program import RunError
+from rlvr_jax.sharding.rules import make_mesh
+from train.run.resume import restore, resumable, run_folder
 
 HOST = {"config": {"lr": 1e-3}, "names": ["a", None], "by_number": {2: 1, 10: 2}}
 ARRAYS = {"tokens": np.arange(5, dtype=np.int32), "logp": np.linspace(0, 1, 300), "empty": np.zeros((0, 3))}
@@ -126,7 +126,7 @@ def test_trouble_of_the_place_is_no_damage(run, state, monkeypatch, error):
     def refuse(*_, **__):
         raise Exception("Encountered error while reading array index") from error  # as orbax does
 
-    monkeypatch.setattr("rlvr_jax.checkpoint.ocp.StandardCheckpointHandler.restore", refuse)
+    monkeypatch.setattr("rlvr_jax.runs.checkpoint.ocp.StandardCheckpointHandler.restore", refuse)
     with Checkpoints(run / "checkpoints") as checkpoints, pytest.raises(OSError, match="checkpoints/3: cannot be read"):
         checkpoints.restore(state, 3)
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlvr_jax import distributed, program
-from rlvr_jax.program import compile_cache
+from rlvr_jax.runs import distributed, program
+from rlvr_jax.runs.program import compile_cache
 
 HIT = "/jax/compilation_cache/cache_hits"
 

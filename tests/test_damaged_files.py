@@ -11,18 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from decode.parts import JsonLines, part_names, read_part, write_part
-from decode.results import Row, RowLog, Timing, TokenParts
-from rlvr_jax import program
-from rlvr_jax.files import atomic_path, remove_leftovers
+from decode.results.files import Row, RowLog, Timing, TokenParts
+from decode.results.parts import JsonLines, part_names, read_part, write_part
 from rlvr_jax.microscope import files as microscope_files
 from rlvr_jax.models import hf
 from rlvr_jax.models.hf import load_hf, save_hf
 from rlvr_jax.models.qwen import init_params
+from rlvr_jax.runs import program
+from rlvr_jax.runs.files import atomic_path, remove_leftovers
 from tests.tiny import tiny_config
-from train.groups import Group, Spool, to_plain
-from train.metrics import MetricLog
-from train.trackers import _known
+from train.records.metrics import MetricLog
+from train.records.trackers import _known
+from train.step.groups import Group, Spool, to_plain
 
 FLIPS = 60
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import decode.calibrate
 import decode.run
+import decode.settings.calibrate
 from decode.config import Calibration, Controls, DecodeConfig, Grid, MeshConfig, Setting
 from rlvr_jax.criteria import fires
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import RunError
+from rlvr_jax.runs.program import RunError
 from tests.decoding_tools import full_logprobs
 from tests.test_decode_program import results
 from tests.tiny import tiny_checkpoint, write_tiny_problems
@@ -122,7 +122,7 @@ def test_tokens_without_a_number_are_left_out(swept, tmp_path, monkeypatch, caps
     config = dataclasses.replace(
         swept, out=str(tmp_path), grid=Grid(("kl",), sample_from=("rl",)), controls=Controls(False)
     )
-    measure, left_out = decode.calibrate.criterion_values, []
+    measure, left_out = decode.settings.calibrate.criterion_values, []
 
     def poisoned(*args, **options):
         assert options["sample_from"] == "rl"  # whose most probable tokens `top_logprobs` would take
@@ -149,25 +149,25 @@ def test_infinite_values_count_and_missing_ones_do_not():
     said = []
     rows = [np.array([0.5, np.inf], np.float32), np.array([np.nan, -np.inf], np.float32)]
     progress = types.SimpleNamespace(say=said.append)
-    assert decode.calibrate._numbers("kl", rows, progress).tolist() == [0.5, np.inf, -np.inf]
+    assert decode.settings.calibrate._numbers("kl", rows, progress).tolist() == [0.5, np.inf, -np.inf]
     assert said == ["  kl: 1 tokens are left out, a model's logits are not finite there"]
 
 
 def test_calibration_responses_are_spread_over_the_problems():
-    assert decode.calibrate._spread(3, 10) == [(0, 0), (3, 0), (6, 0)]
-    assert decode.calibrate._spread(10, 10) == [(place, 0) for place in range(10)]
-    assert decode.calibrate._spread(7, 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert decode.settings.calibrate._spread(3, 10) == [(0, 0), (3, 0), (6, 0)]
+    assert decode.settings.calibrate._spread(10, 10) == [(place, 0) for place in range(10)]
+    assert decode.settings.calibrate._spread(7, 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1)]
 
 
 def test_a_share_that_ties_miss_is_said():
     entry = {"criterion": "kl", "share": 0.05, "tau": 0.0, "share_selected": 0.4, "tokens": 1000, "tied": 0.38}
-    said = decode.calibrate._said(entry)
+    said = decode.settings.calibrate._said(entry)
     assert said == (
         "  kl at 5%: tau = 0, selects 40.00% of 1,000 tokens "
         "(38.0% of them have one value, which is selected or not as a whole)"
     )
-    assert "one value" not in decode.calibrate._said(entry | {"share_selected": 0.0501})
-    assert decode.calibrate._said(entry | {"criterion": "random"}) == "  random at 5%: tau = 0"
+    assert "one value" not in decode.settings.calibrate._said(entry | {"share_selected": 0.0501})
+    assert decode.settings.calibrate._said(entry | {"criterion": "random"}) == "  random at 5%: tau = 0"
 
 
 def test_a_lost_threshold_is_not_found_anew(swept, tmp_path):

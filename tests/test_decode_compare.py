@@ -12,14 +12,14 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from decode import compare, figure
-from decode.calibrate import KEYS
-from decode.compare import CompareConfig
 from decode.config import DecodeConfig, Setting
-from decode.diagnose_config import DiagnoseConfig
-from decode.results import RowLog, write_config
+from decode.diagnose.config import DiagnoseConfig
+from decode.results import compare, figure
+from decode.results.compare import CompareConfig
+from decode.results.files import RowLog, write_config
+from decode.settings.calibrate import KEYS
 from rlvr_jax.evaluation import mean_interval
-from rlvr_jax.program import config_dict, run_program
+from rlvr_jax.runs.program import config_dict, run_program
 from tests.test_decode_files import row
 from train import config as train_config
 from train import sft

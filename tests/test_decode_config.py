@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from decode.config import Controls, DecodeConfig, Grid, Setting
-from decode.sweep import resolve
+from decode.settings.sweep import resolve
 from rlvr_jax.criteria import CRITERIA
-from rlvr_jax.program import parse_config, read_config
+from rlvr_jax.runs.program import parse_config, read_config
 
 PAIR = DecodeConfig(base="b", rl="r", problems="p.jsonl", setting=Setting(criterion="delta_logp", tau=-0.3, gamma=0.05))
 

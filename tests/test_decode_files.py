@@ -11,10 +11,10 @@ import pytest
 from scipy import stats
 
 from decode.config import Setting
-from decode.results import Row, RowLog, Timing, TokenParts, check_resume, published, write_config
-from decode.summary import references, remarks, summarise, with_differences, write_summaries
-from decode.sweep import resolve
-from decode.tables import settings_text
+from decode.results.files import Row, RowLog, Timing, TokenParts, check_resume, published, write_config
+from decode.results.summary import references, remarks, summarise, with_differences, write_summaries
+from decode.results.tables import settings_text
+from decode.settings.sweep import resolve
 from rlvr_jax.evaluation import mean_interval
 from tests.test_decode_config import PAIR, change
 

@@ -8,11 +8,11 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from rlvr_jax.decode_layout import DECODE_RULES, cache_shards, decode_mesh, parts_of
 from rlvr_jax.generation import generate_selective
 from rlvr_jax.models import decode_weights, qwen
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.sharding import DEFAULT_RULES, make_mesh
+from rlvr_jax.sharding.decode_layout import DECODE_RULES, cache_shards, decode_mesh, parts_of
+from rlvr_jax.sharding.rules import DEFAULT_RULES, make_mesh
 from tests.decoding_tools import assert_same
 
 # 6 heads and 2 kv heads as 28 and 4; neither the heads nor the vocabulary divide by 4, and no two sizes are equal.

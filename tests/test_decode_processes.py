@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import PREEMPTED
-from rlvr_jax.watch import PEER_LOST
+from rlvr_jax.runs.program import PREEMPTED
+from rlvr_jax.runs.watch import PEER_LOST
 from tests.runs import ROOT
 from tests.test_train_processes import TIMEOUT_S, ended, finished
 from tests.tiny import devices, tiny_checkpoint, tiny_config, tiny_tokenizer, write_tiny_problems
@@ -27,8 +27,8 @@ DISTURBED = """
 import importlib, os, sys
 module, process, phase, count, number = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 sys.argv[1:] = sys.argv[6:]
-from rlvr_jax.distributed import Cluster
-from rlvr_jax.program import run_program
+from rlvr_jax.runs.distributed import Cluster
+from rlvr_jax.runs.program import run_program
 named, left = Cluster.phase, [count]
 def name_and_disturb(self, name, step=None):
     named(self, name, step)

@@ -15,17 +15,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import decode.inputs
+import decode.check.inputs
 import decode.run
 from decode.config import DecodeConfig, MeshConfig, Setting
-from decode.summary import TIMINGS
-from decode.sweep import resolve
+from decode.results.summary import TIMINGS
+from decode.settings.sweep import resolve
 from rlvr_jax.data.text import load_tokenizer, stop_token_ids
 from rlvr_jax.decoding.selective import decode_selective
 from rlvr_jax.generation import language_model
-from rlvr_jax.lock import FolderInUse
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import run_program
+from rlvr_jax.runs.lock import FolderInUse
+from rlvr_jax.runs.program import run_program
 from tests.tiny import devices, tiny_checkpoint, write_tiny_problems
 
 DELTA = Setting("delta", "pair", "delta_logp", tau=-3.0, gamma=0.5, top_p=1.0)
@@ -284,17 +284,17 @@ def test_tokens_that_one_side_alone_defines_are_allowed(job, tmp_path, caplog):
         add(content)
         swap(content)
 
-    decode.inputs.read_inputs(resolve(dataclasses.replace(job, base=vocabulary("more", add))))
+    decode.check.inputs.read_inputs(resolve(dataclasses.replace(job, base=vocabulary("more", add))))
     assert "1 tokens, from 35 '<tool>' on, are defined by the tokenizer in" in caplog.text
     for name, change, message in (
         ("swapped", swap, r"token 33 is '<\|im_start\|>' in .* and '<\|im_end\|>' in "),
         ("moved", move, r"token 34 is '<\|im_end\|>' in .* and '<tool>' in "),
     ):
         with pytest.raises(ValueError, match=f"vocabulary mismatch: {message}"):
-            decode.inputs.read_inputs(resolve(dataclasses.replace(job, base=vocabulary(name, change))))
+            decode.check.inputs.read_inputs(resolve(dataclasses.replace(job, base=vocabulary(name, change))))
     bare = Path(vocabulary("bare", add))
     (bare / "tokenizer.json").unlink()
-    decode.inputs.read_inputs(resolve(dataclasses.replace(job, base=str(bare))))
+    decode.check.inputs.read_inputs(resolve(dataclasses.replace(job, base=str(bare))))
     assert f"{bare} has no tokenizer.json" in caplog.text
 
 

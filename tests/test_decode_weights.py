@@ -10,7 +10,7 @@ import pytest
 from rlvr_jax.generation import language_model
 from rlvr_jax.models import decode_weights, layers, qwen
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.sharding import DEFAULT_RULES, make_mesh
+from rlvr_jax.sharding.rules import DEFAULT_RULES, make_mesh
 
 B, V = 3, 96
 

@@ -8,17 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-import decode.plan
+import decode.check.plan
+from decode.check.plan import plan
 from decode.config import DecodeConfig, Setting
 from decode.draw import Drawn
-from decode.plan import plan
-from decode.results import RowLog, TokenParts
-from decode.writer import Destination, Writer
+from decode.results.files import RowLog, TokenParts
+from decode.results.writer import Destination, Writer
 from rlvr_jax.models.memory import decode_weight_bytes, weight_bytes
 from rlvr_jax.models.qwen import init_params
-from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.runs.program import RunError
+from rlvr_jax.sharding.rules import make_mesh
 from tests.tiny import tiny_config
 
 
@@ -162,7 +162,7 @@ def test_slots_are_planned_from_memory(monkeypatch):
     assert both.weights == alone.weights == 2 * weights
     assert both.caches == 200 * 120 * token * 2
     assert alone.caches == 200 * 120 * token
-    assert planned(n=100).slots == decode.plan.MOST_SLOTS
+    assert planned(n=100).slots == decode.check.plan.MOST_SLOTS
     twenty = planned(slots=20)
     assert 0 < twenty.prompts < both.prompts, "prompts wait for no more slots than there are"
     gib = (twenty.weights + twenty.prompts + twenty.caches + twenty.working) / (1 << 30)

@@ -13,16 +13,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from decode import diagnose, diagnose_page
 from decode.config import MeshConfig
-from decode.diagnose_config import DiagnoseConfig, FindingsConfig, PageConfig
-from decode.diagnose_inputs import read_given
-from decode.diagnose_page import chosen
+from decode.diagnose import page as diagnose_page
+from decode.diagnose import run as diagnose
+from decode.diagnose.config import DiagnoseConfig, FindingsConfig, PageConfig
+from decode.diagnose.inputs import read_given
+from decode.diagnose.page import chosen
 from rlvr_jax.data.text import load_tokenizer
 from rlvr_jax.microscope import files
 from rlvr_jax.microscope.pair import score_pair
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import Preempted, RunError
+from rlvr_jax.runs.program import Preempted, RunError
 from tests.tiny import tiny_checkpoint, write_tiny_problems
 
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

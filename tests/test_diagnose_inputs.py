@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from decode.config import Setting
-from decode.diagnose_files import response_files
-from decode.diagnose_inputs import read_given
-from decode.results import RowLog, published
+from decode.diagnose.files import response_files
+from decode.diagnose.inputs import read_given
+from decode.results.files import RowLog, published
 from rlvr_jax.data.text import decode_ids
 from rlvr_jax.data.token_ids import pack_ids, unpack_ids
 from tests.test_decode_files import row
 from tests.tiny import tiny_tokenizer
-from train.tokens import drawn
+from train.records.tokens import drawn
 
 PROMPTS = ("<|im_start|>user\n1+1<|im_end|>\n", "<|im_start|>user\n2+2<|im_end|>\n")
 

@@ -20,20 +20,20 @@ from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.memory import kept_bytes, layer_bytes
 from rlvr_jax.models.qwen import init_params
 from rlvr_jax.planning.models import PUBLISHED
-from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded
-from rlvr_jax.sharding import MESH_AXES
+from rlvr_jax.runs.program import RunError
+from rlvr_jax.sharding.rules import MESH_AXES
 from tests.runs import ROOT, arguments, write_inputs
 from tests.test_train_wiring import Recorder, problems
 from tests.tiny import tiny_config
-from train import budget
 from train import config as c
-from train.dry_run import dry_run, report
-from train.examine import examine
-from train.objective import scalars
-from train.prepare import configuration
-from train.programs import make_optimizer, make_programs, placed_like_params
-from train.rollout import Collector
+from train.check import budget
+from train.check.dry_run import dry_run, report
+from train.check.examine import examine
+from train.check.prepare import configuration
+from train.step.objective import scalars
+from train.step.programs import make_optimizer, make_programs, placed_like_params
+from train.step.rollout import Collector
 
 
 def run_config(*, steps=None, epochs=1, batch=8, n=4, **algorithm):

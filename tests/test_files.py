@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from decode.parts import JsonLines
-from decode.results import read_record
-from rlvr_jax.files import json_bytes, valid_text, write_json
+from decode.results.files import read_record
+from decode.results.parts import JsonLines
 from rlvr_jax.microscope.files import RESPONSE_SCHEMA, Response, write_responses
-from train.metrics import MetricLog, write_jsonl
+from rlvr_jax.runs.files import json_bytes, valid_text, write_json
+from train.records.metrics import MetricLog, write_jsonl
 
 ODD = ["8\ud83d", "\ude00\ud83d", "é\u2028\x00\ufffd", "\U0001f600"]
 

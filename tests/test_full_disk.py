@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlvr_jax.checkpoint import Checkpoints
-from rlvr_jax.program import RunError, run_program, writing_to
+from rlvr_jax.runs.checkpoint import Checkpoints
+from rlvr_jax.runs.program import RunError, run_program, writing_to
 
 FULL = os.strerror(errno.ENOSPC)
 

@@ -13,7 +13,7 @@ from rlvr_jax.decoding.generate import decode
 from rlvr_jax.decoding.sampling import sample
 from rlvr_jax.decoding.state import DRAW, LanguageModel, row_keys
 from rlvr_jax.generation import generate, language_model
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.sharding.rules import make_mesh
 from tests.decoding_tools import (
     assert_same,
     chi_square,

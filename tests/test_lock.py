@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from rlvr_jax import lock as locks
-from rlvr_jax.lock import FolderInUse, lock
-from rlvr_jax.run_folder import RunFolder
+from rlvr_jax.runs import lock as locks
+from rlvr_jax.runs.folder import RunFolder
+from rlvr_jax.runs.lock import FolderInUse, lock
 
 # Another process that takes a folder's lock, says so, and holds it until its input ends. It needs no jax.
 HOLDER = """

@@ -9,7 +9,7 @@ from rlvr_jax import scoring
 from rlvr_jax.generation import language_model
 from rlvr_jax.microscope.pair import PairRule, gradient_share, iterate_pair, score_pair
 from rlvr_jax.models.qwen import init_params
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.sharding.rules import make_mesh
 from tests.decoding_tools import full_logprobs, tiny_qwen
 from tests.tiny import tiny_config
 

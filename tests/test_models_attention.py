@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlvr_jax.models import attention, qwen
-from rlvr_jax.models.attention import resolved_attention, self_attention
+from rlvr_jax.models import qwen
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.models.embedding import embed_tokens
+from rlvr_jax.models.kernels import attention
+from rlvr_jax.models.kernels.attention import resolved_attention, self_attention
+from rlvr_jax.models.kernels.embedding import embed_tokens
 from rlvr_jax.models.tokens import TokenLayout
 from rlvr_jax.objectives.logprobs import chunked_logprobs
-from rlvr_jax.sharding import DEFAULT_RULES, make_mesh
+from rlvr_jax.sharding.rules import DEFAULT_RULES, make_mesh
 
 
 def inputs(rows, length, heads, kv_heads, width, seed=0):

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf, save_hf
 from rlvr_jax.models.qwen import ParamSpec, param_specs
-from rlvr_jax.sharding import ShardingRules, make_mesh
+from rlvr_jax.sharding.rules import ShardingRules, make_mesh
 from tests.parity.variants import VARIANTS, shapes, weights
 from tests.tiny import devices
 
@@ -359,7 +359,7 @@ import jax, jax.numpy as jnp
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("127.0.0.1:{port}", 2, int(sys.argv[1]))
 from rlvr_jax.models.hf import load_hf, save_hf
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.sharding.rules import make_mesh
 config, params = load_hf({str(tmp_path / "m")!r}, dtype=jnp.float32, mesh=make_mesh(1, 2, 2))
 here = sum(s.data.nbytes for s in params["layers"]["q_proj"].addressable_shards)
 print("part", here / params["layers"]["q_proj"].nbytes)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rlvr_jax.models import layers
-from rlvr_jax.models.pallas_attention import MAX_QUERIES, _work_list, fits, pallas_cached_attention
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.models.kernels.pallas_attention import MAX_QUERIES, _work_list, fits, pallas_cached_attention
+from rlvr_jax.sharding.rules import make_mesh
 
 NOWHERE = 1 << 30
 

@@ -11,7 +11,7 @@ import pytest
 from rlvr_jax.models import layers, qwen
 from rlvr_jax.models.cache import KVCache, grow_cache, init_cache, insert_cache, write_cache
 from rlvr_jax.models.config import QwenConfig, YarnConfig
-from rlvr_jax.sharding import ShardingRules, make_mesh
+from rlvr_jax.sharding.rules import ShardingRules, make_mesh
 
 QWEN2 = QwenConfig("qwen2", 50, 32, 48, 2, 4, 2, 8, qkv_bias=True, tie_word_embeddings=True)
 QWEN3 = QwenConfig("qwen3", 50, 32, 48, 2, 4, 1, 12, qk_norm=True, rope_scaling=YarnConfig(4.0, 16))

@@ -11,7 +11,7 @@ from rlvr_jax.dapo import sequence_logprobs
 from rlvr_jax.models.qwen import init_params, model_apply
 from rlvr_jax.objectives.logprobs import chunked_logprobs, token_logprobs
 from rlvr_jax.objectives.policy import aggregate
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.sharding.rules import make_mesh
 from tests.tiny import tiny_config
 
 V = 6

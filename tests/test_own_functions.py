@@ -11,16 +11,16 @@ import pytest
 
 import rlvr_jax as rj
 from rlvr_jax.entries import source_sha256
-from rlvr_jax.fingerprint import of_code
 from rlvr_jax.models.qwen import init_params
+from rlvr_jax.runs.fingerprint import of_code
 from tests import own_functions
 from tests.test_train_wiring import MODEL, N, R, groups, one_device, trainer
 from tests.tiny import tiny_checkpoint
 from train import config as c
-from train.objective import check_functions
-from train.objective import own_functions as named_functions
-from train.prepare import value_faults
-from train.same_run import require_same_run
+from train.check.prepare import value_faults
+from train.run.same_run import require_same_run
+from train.step.objective import check_functions
+from train.step.objective import own_functions as named_functions
 
 OWN = "tests.own_functions"
 

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from decode import progress as progress_module
-from decode.progress import DecodeProgress, FinishedProblems
-from rlvr_jax.pace import Pace
+from decode.results import progress as progress_module
+from decode.results.progress import DecodeProgress, FinishedProblems
+from rlvr_jax.runs.pace import Pace
 
 
 class Clock:

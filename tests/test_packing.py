@@ -13,7 +13,7 @@ from rlvr_jax.objectives.policy import AGGREGATIONS, aggregate
 from rlvr_jax.training import TrainState, make_accumulating_step, make_train_step
 from tests.tiny import tiny_config
 from train.config import AlgorithmConfig, ReweightConfig
-from train.objective import make_loss, scalars
+from train.step.objective import make_loss, scalars
 
 
 def test_hand_made_packing():

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decode import diagnose
+from decode.check.inputs import read_inputs
 from decode.config import DecodeConfig, MeshConfig, Setting
-from decode.diagnose_config import DiagnoseConfig
+from decode.diagnose import run as diagnose
+from decode.diagnose.config import DiagnoseConfig
 from decode.draw import load
-from decode.inputs import read_inputs
 from rlvr_jax.generation import generate_selective
 from rlvr_jax.microscope.pair import score_pair
 from rlvr_jax.models.hf import save_hf

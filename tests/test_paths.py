@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import pytest
 
 from demo.__main__ import prepare as prepare_demo
-from rlvr_jax.checkpoint import Checkpoints, check_place
 from rlvr_jax.models.hf import checkpoint_folder
-from rlvr_jax.paths import at_home, config_at_home, same_place
-from rlvr_jax.program import parse_config
-from rlvr_jax.remote import local
-from rlvr_jax.run_folder import RunFolder
+from rlvr_jax.runs.checkpoint import Checkpoints, check_place
+from rlvr_jax.runs.folder import RunFolder
+from rlvr_jax.runs.paths import at_home, config_at_home, same_place
+from rlvr_jax.runs.program import parse_config
+from rlvr_jax.runs.remote import local
+from train.check.examine import examine
 from train.config import Config
-from train.examine import examine
-from train.resume import run_folder
+from train.run.resume import run_folder
 
 
 @pytest.fixture

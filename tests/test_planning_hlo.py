@@ -7,7 +7,7 @@ from rlvr_jax.planning.account import Memory, account_text
 from rlvr_jax.planning.chips import CHIPS
 from rlvr_jax.planning.collectives import device_groups
 from rlvr_jax.planning.flops import dot_flops, kernel
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.sharding.rules import make_mesh
 
 # A loop of 5 trips (1, 3, 5, 7, 9 below 10) around a dot in a fusion, a gather and a reduction; in it a loop of 3.
 # Lines are broken where this file needs it: a compiled program does so too, in the attributes of kernels.

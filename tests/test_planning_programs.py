@@ -16,9 +16,9 @@ from rlvr_jax.planning.models import PUBLISHED
 from rlvr_jax.planning.programs import ProgramAccount, compile_program, placed, temporaries_refused
 from rlvr_jax.planning.table import table
 from rlvr_jax.planning.topology import NoCompiler, Topology
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.sharding.rules import make_mesh
 from tests.small_program import INNER, LAYERS, ROWS, WIDTH
-from train import plan
+from train.check import plan
 
 needs_tpu_compiler = pytest.mark.skipif(
     topology.compiler_library() is None, reason="no TPU compiler here (`make tpu-compiler` fetches it)"

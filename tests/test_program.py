@@ -5,7 +5,7 @@ import sys
 import jax
 import pytest
 
-from rlvr_jax import program
+from rlvr_jax.runs import program
 
 
 @pytest.fixture

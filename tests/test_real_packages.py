@@ -11,8 +11,8 @@ import pytest
 from tests.runs import ROOT, arguments, rows_of
 from tests.test_train_seeing import follow
 from tests.tiny import tiny_checkpoint
-from train.loop import run
-from train.prepare import prepare
+from train.check.prepare import prepare
+from train.run.loop import run
 
 
 def test_a_run_on_a_reasoning_gym_task(tmp_path):

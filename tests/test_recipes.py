@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from train.check.prepare import configuration, value_faults
 from train.config import Config, MaskConfig
-from train.prepare import configuration, value_faults
 
 ROOT = Path(__file__).parent.parent
 SEVEN, EIGHT = "qwen2_5_math_7b", "qwen3_8b_base"

@@ -12,15 +12,16 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 import decode.run
-from decode import compare
 from decode.config import DecodeConfig, MeshConfig, Setting
-from rlvr_jax import remote, run_folder
-from rlvr_jax.checkpoint import Checkpoints, check_place
-from rlvr_jax.checkpoint_s3 import extend_orbax_to_s3
+from decode.results import compare
 from rlvr_jax.data.sources import check_source, load_problems
 from rlvr_jax.models.hf import checkpoint_folder
-from rlvr_jax.remote import local_copy
-from rlvr_jax.run_folder import RunFolder
+from rlvr_jax.runs import folder as run_folder
+from rlvr_jax.runs import remote
+from rlvr_jax.runs.checkpoint import Checkpoints, check_place
+from rlvr_jax.runs.checkpoint_s3 import extend_orbax_to_s3
+from rlvr_jax.runs.folder import RunFolder
+from rlvr_jax.runs.remote import local_copy
 from tests.test_checkpoint import a_state, bits
 from tests.tiny import tiny_checkpoint, write_tiny_problems
 
@@ -211,7 +212,7 @@ def test_checkpoints_at_s3_are_whole_or_absent(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Bucket, "root", str(tmp_path))
     monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: Bucket(auto_mkdir=True))
-    monkeypatch.setattr("rlvr_jax.checkpoint.filesystem", lambda url: None)
+    monkeypatch.setattr("rlvr_jax.runs.checkpoint.filesystem", lambda url: None)
     local, in_folder = tensorstore_utils.build_kvstore_tspec, Bucket._strip_protocol
     for module, name in ((gcs_utils, "is_gcs_path"), (tensorstore_utils, "build_kvstore_tspec")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
@@ -224,7 +225,7 @@ def test_checkpoints_at_s3_are_whole_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tensorstore_utils, "build_kvstore_tspec", lambda where, *a, **b: local(in_folder(where), *a, **b)
     )
-    monkeypatch.setattr("rlvr_jax.checkpoint.extend_orbax_to_s3", lambda: None)  # done
+    monkeypatch.setattr("rlvr_jax.runs.checkpoint.extend_orbax_to_s3", lambda: None)  # done
     state = a_state()
     with Checkpoints("s3://bucket/run", keep=2) as checkpoints:
         for step in (1, 2, 3):

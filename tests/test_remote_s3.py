@@ -13,9 +13,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from rlvr_jax.checkpoint import Checkpoints
-from rlvr_jax.program import PREEMPTED
-from rlvr_jax.remote import fetch, listing
+from rlvr_jax.runs.checkpoint import Checkpoints
+from rlvr_jax.runs.program import PREEMPTED
+from rlvr_jax.runs.remote import fetch, listing
 from tests.runs import ROOT, arguments, without_times, write_inputs
 from tests.test_checkpoint import a_state, bits
 from tests.test_train_processes import DISTURBED, assert_same_run

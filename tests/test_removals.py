@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from rlvr_jax.files import remove_leftovers
 from rlvr_jax.models import hf
-from rlvr_jax.program import compile_cache
-from train.groups import Spool
+from rlvr_jax.runs.files import remove_leftovers
+from rlvr_jax.runs.program import compile_cache
+from train.step.groups import Spool
 
 COMPILED = f"jit_step-{'0a' * 32}-cache"
 

@@ -9,10 +9,10 @@ import pytest
 from rlvr_jax.data.problems import Problem
 from rlvr_jax.data.prompts import PromptSet
 from rlvr_jax.decoding.generate import Generation
-from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded
+from rlvr_jax.runs.program import RunError
 from train.config import AlgorithmConfig, Config, RolloutConfig
-from train.rollout import Collector, Decoder, Group
+from train.step.rollout import Collector, Decoder, Group
 
 PROMPTS = 12
 HARD = {1, 4, 7}  # no response is right
@@ -105,7 +105,7 @@ def test_logits_that_are_not_finite_are_said(monkeypatch, caplog, lengths, inval
     rows = np.zeros((2, 4), np.int32)
     lengths, ended = np.array(lengths, np.int32), np.arange(2) < invalid
     made = Generation(rows, rows.astype(np.float32), lengths, ~ended, ended, lengths)
-    monkeypatch.setattr("train.rollout.decode", lambda *_, **__: made)
+    monkeypatch.setattr("train.step.rollout.decode", lambda *_, **__: made)
     decoder = Decoder(None, None, (), 4, 64, None)
     if not lengths.any():  # would be read as a model that answers nothing
         with pytest.raises(RunError, match="no response has a token, since the logits are not finite"):

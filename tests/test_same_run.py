@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from decode.results import CONTENT_OF
-from rlvr_jax.checkpoint import Checkpoints
-from rlvr_jax.distributed import Cluster
-from rlvr_jax.fingerprint import BLOCK_BYTES, BLOCKS, of_tokenizer, of_weights
-from rlvr_jax.lock import FolderInUse, lock
-from rlvr_jax.run_folder import RunFolder
+from decode.results.files import CONTENT_OF
+from rlvr_jax.runs.checkpoint import Checkpoints
+from rlvr_jax.runs.distributed import Cluster
+from rlvr_jax.runs.fingerprint import BLOCK_BYTES, BLOCKS, of_tokenizer, of_weights
+from rlvr_jax.runs.folder import RunFolder
+from rlvr_jax.runs.lock import FolderInUse, lock
 from tests.runs import arguments, write_inputs
 from tests.tiny import tiny_tokenizer, write_tiny_problems
 from train import sft
-from train.examine import examine
-from train.prepare import check, configuration, prepare
-from train.resume import resumable, run_folder
-from train.same_run import record_of, require_same_run, write_record
+from train.check.examine import examine
+from train.check.prepare import check, configuration, prepare
+from train.run.resume import resumable, run_folder
+from train.run.same_run import record_of, require_same_run, write_record
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +241,11 @@ def test_process_0_of_several_holds_the_lock_and_a_dry_run_none(place, tmp_path,
     found = examine(configuration(arguments(place, folder)))
     assert all(check.ok for check in found.checks)
     assert not folder.exists()
-    monkeypatch.setattr("rlvr_jax.run_folder.cluster", lambda: Cluster(1, 2))
+    monkeypatch.setattr("rlvr_jax.runs.folder.cluster", lambda: Cluster(1, 2))
     RunFolder(str(folder)).take()
     assert not folder.exists()
-    monkeypatch.setattr("rlvr_jax.run_folder.cluster", lambda: Cluster(0, 2))
-    monkeypatch.setattr("rlvr_jax.run_folder.WAIT_S", 0.0)
+    monkeypatch.setattr("rlvr_jax.runs.folder.cluster", lambda: Cluster(0, 2))
+    monkeypatch.setattr("rlvr_jax.runs.folder.WAIT_S", 0.0)
     with RunFolder(str(folder)).take(), pytest.raises(FolderInUse):
         RunFolder(str(folder)).take()
 

@@ -10,7 +10,7 @@ from rlvr_jax.criteria import MEASURED, criterion_value, fires, threshold_for_sh
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.qwen import init_params
 from rlvr_jax.scoring import criterion_values
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.sharding.rules import make_mesh
 from tests.decoding_tools import full_logprobs, tiny_qwen
 from tests.tiny import tiny_config
 

@@ -8,7 +8,7 @@ from rlvr_jax.criteria import CRITERIA, criterion_value, fires
 from rlvr_jax.decoding.generate import decode
 from rlvr_jax.decoding.selective import decode_selective
 from rlvr_jax.generation import generate, generate_selective
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.sharding.rules import make_mesh
 from rlvr_jax.top_logprobs import published_top_logprobs
 from tests.decoding_tools import (
     chi_square,

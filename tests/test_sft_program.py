@@ -12,8 +12,8 @@ from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import hidden_states, logits
 from tests.tiny import compiled_once, tiny_config, tiny_tokenizer
 from train.sft import initial_params, prepare, run
-from train.sft_rows import Rows, encode
-from train.sft_step import make_loss
+from train.step.sft_rows import Rows, encode
+from train.step.sft_step import make_loss
 
 
 @pytest.fixture(scope="module")

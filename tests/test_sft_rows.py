@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlvr_jax.data.packing import PackedRows
 from rlvr_jax.data.prompts import prompt_batches
 from rlvr_jax.models.qwen import init_params, model_apply
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.sharding.rules import make_mesh
 from rlvr_jax.training import TrainState, make_accumulating_step
 from tests.tiny import tiny_config, tiny_tokenizer
-from train.sft_rows import Conversation, Rows, encode
-from train.sft_step import make_loss, update
+from train.step.sft_rows import Conversation, Rows, encode
+from train.step.sft_step import make_loss, update
 
 
 def conversations(lengths, seed=0):

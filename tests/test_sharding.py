@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rlvr_jax import sharding
-from rlvr_jax.sharding import ShardingRules, constrain, make_mesh
+from rlvr_jax.sharding import rules as sharding
+from rlvr_jax.sharding.rules import ShardingRules, constrain, make_mesh
 
 
 def test_make_mesh_fills_the_free_axis():

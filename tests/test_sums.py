@@ -8,19 +8,19 @@ import numpy as np
 import optax
 import pytest
 
-from rlvr_jax.models.attention import _copied
-from rlvr_jax.models.embedding import embed_tokens
+from rlvr_jax.models.kernels.attention import _copied
+from rlvr_jax.models.kernels.embedding import embed_tokens
 from rlvr_jax.models.qwen import init_params, model_apply, param_axes
 from rlvr_jax.models.tokens import TokenLayout
 from rlvr_jax.objectives.policy import AGGREGATIONS, aggregate, cispo_loss, gspo_loss, policy_loss
 from rlvr_jax.objectives.segments import response_sums
 from rlvr_jax.objectives.tokens import Tokens
 from rlvr_jax.scatter import _added, _summed_in_order, scatter_sum
-from rlvr_jax.sharding import ShardingRules, make_mesh
+from rlvr_jax.sharding.rules import ShardingRules, make_mesh
 from rlvr_jax.training import TrainState, make_train_step
 from tests.tiny import tiny_config
 from train.config import AlgorithmConfig, MaskConfig, ReweightConfig
-from train.objective import advantages, make_loss, scalars
+from train.step.objective import advantages, make_loss, scalars
 
 MANY = 8192  # a sum of so many ones in bfloat16 is 256
 

@@ -8,16 +8,16 @@ import re
 import pytest
 from rich.console import Console
 
-from decode import diagnose_page
 from decode.config import Setting
-from decode.summary import summarise, with_differences, write_summaries
-from decode.tables import chosen, print_settings, settings_text
+from decode.diagnose import page as diagnose_page
+from decode.results.summary import summarise, with_differences, write_summaries
+from decode.results.tables import chosen, print_settings, settings_text
 from demo import study
 from demo.__main__ import Demo, report
-from rlvr_jax.tables import Column, fitted, whole
+from rlvr_jax.runs.tables import Column, fitted, whole
 from tests.test_decode_files import row
-from train import report as training
-from train.curves import lines, read_run
+from train.records import report as training
+from train.records.curves import lines, read_run
 
 LONG = "a_name_of_a_setting_that_somebody_chose_with_care_and_without_regard_for_tables"
 

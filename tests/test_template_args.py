@@ -6,22 +6,22 @@ import logging
 
 import pytest
 
+from decode.check.inputs import read_inputs
 from decode.config import DecodeConfig, Setting
-from decode.diagnose_config import DiagnoseConfig
-from decode.diagnose_inputs import read_given
-from decode.inputs import read_inputs
-from decode.results import require_same_decode, with_whole_paths
+from decode.diagnose.config import DiagnoseConfig
+from decode.diagnose.inputs import read_given
+from decode.results.files import require_same_decode, with_whole_paths
 from rlvr_jax.data.template_args import check_template_args, parse_template_args
 from rlvr_jax.data.text import load_tokenizer
-from rlvr_jax.files import write_json
-from rlvr_jax.program import parse_config
+from rlvr_jax.runs.files import write_json
+from rlvr_jax.runs.program import parse_config
 from tests.runs import arguments
 from tests.tiny import CHAT_TEMPLATE, tiny_checkpoint, write_tiny_problems
 from train import sft
+from train.check.dry_run import dry_run
+from train.check.prepare import configuration, prepare
 from train.config import MAY_CHANGE, Config
-from train.dry_run import dry_run
-from train.prepare import configuration, prepare
-from train.same_run import require_same_run
+from train.run.same_run import require_same_run
 
 THINKING = "{% if enable_thinking is defined and not enable_thinking %}::{% endif %}{% endif %}"
 PROMPT = "<|im_start|>user\n0+0<|im_end|>\n<|im_start|>assistant\n"

@@ -8,7 +8,7 @@ import pytest
 from rlvr_jax.data.text import load_tokenizer, stop_token_ids
 from rlvr_jax.models.qwen import init_params
 from tests.tiny import tiny_config, tiny_tokenizer
-from train.export import export
+from train.run.export import export
 
 TOKENIZER = tiny_tokenizer()
 END, PAD, START = (TOKENIZER.convert_tokens_to_ids(f"<|{name}|>") for name in ("im_end", "endoftext", "im_start"))

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from tests.runs import arguments, write_inputs
+from train.check.prepare import prepare
 from train.config import MAY_CHANGE
-from train.prepare import prepare
-from train.same_run import require_same_run
+from train.run.same_run import require_same_run
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from unittest import mock
 import jax
 import pytest
 
-from rlvr_jax.program import PREEMPTED, Preempted, run_program
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.runs.program import PREEMPTED, Preempted, run_program
+from rlvr_jax.sharding.rules import make_mesh
 from tests.runs import ROOT, arguments, final_state, rows_of, train, without_times, write_inputs
 from tests.tiny import compiled_once
-from train import loop
-from train.loop import run
-from train.prepare import prepare
+from train.check.prepare import prepare
+from train.run import loop
+from train.run.loop import run
 
 OTHER = {"rollout.max_response": 12}  # shapes of its own: other tests count what is compiled
 PHASES = ("rollout", "grade", "score", "update", "log", "save", "eval")
@@ -47,9 +47,9 @@ if "/" in phase:
 if phase == "/of_killed/":
     from jax._src.lru_cache import LRUCache
     LRUCache.put = put_half
-from rlvr_jax.program import run_program
-from train.loop import _Run, run
-from train.prepare import prepare
+from rlvr_jax.runs.program import run_program
+from train.run.loop import _Run, run
+from train.check.prepare import prepare
 named = _Run._phase
 left = [count]
 def name_and_die(self, name):
@@ -135,7 +135,7 @@ def asked_to_end(monkeypatch, phase, count):
 
 def one_device():
     """One step off needs it; test_train_program resumes on eight."""
-    return mock.patch("train.prepare.make_mesh", return_value=make_mesh(devices=jax.devices()[:1]))
+    return mock.patch("train.check.prepare.make_mesh", return_value=make_mesh(devices=jax.devices()[:1]))
 
 
 def three_steps(one_step_off):

@@ -10,7 +10,7 @@ import pytest
 from rlvr_jax.models.qwen import init_params
 from tests.test_train_wiring import MODEL, N, P, R, full_logprobs, groups, one_device, trainer
 from train import config as c
-from train.objective import make_loss, scalars
+from train.step.objective import make_loss, scalars
 
 T, V, D, B = 0.7, 11, 5, 6
 

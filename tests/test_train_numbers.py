@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from rlvr_jax.decoding.sampling import sample
 from rlvr_jax.objectives.logprobs import chunked_logprobs
 from rlvr_jax.objectives.policy import policy_loss
-from train.rollout import eval_seed, rollout_seed
+from train.step.rollout import eval_seed, rollout_seed
 
 
 def products(jaxpr):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from rlvr_jax.models.hf import load_hf
-from rlvr_jax.program import PREEMPTED, RUN_ERROR
-from rlvr_jax.watch import PEER_LOST
+from rlvr_jax.runs.program import PREEMPTED, RUN_ERROR
+from rlvr_jax.runs.watch import PEER_LOST
 from tests.runs import ROOT, arguments, rows_of, write_inputs
 from tests.tiny import devices
 
@@ -27,10 +27,10 @@ DISTURBED = """
 import os, sys, time
 process, phase, count, number = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 sys.argv[1:] = sys.argv[5:]
-from rlvr_jax.distributed import cluster
-from rlvr_jax.program import run_program
-from train.loop import _Run, run
-from train.prepare import prepare
+from rlvr_jax.runs.distributed import cluster
+from rlvr_jax.runs.program import run_program
+from train.run.loop import _Run, run
+from train.check.prepare import prepare
 named, left = _Run._phase, [count]
 def name_and_disturb(self, name):
     named(self, name)

@@ -10,21 +10,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from decode.diagnose_inputs import read_given
+from decode.diagnose.inputs import read_given
 from rlvr_jax.data.text import load_tokenizer
 from rlvr_jax.data.token_ids import unpack_ids
 from rlvr_jax.microscope import files
 from rlvr_jax.microscope.pair import score_pair
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import hidden_states, logits
-from rlvr_jax.program import run_program
+from rlvr_jax.runs.program import run_program
 from rlvr_jax.training import with_learning_rate
 from tests.runs import ROOT, arguments, final_state, rows_of, train, without_times, write_inputs
 from tests.tiny import compiled_once, write_tiny_problems
 from tests.tiny_rules import marks
-from train.loop import run
-from train.metrics import MetricLog
-from train.prepare import prepare
+from train.check.prepare import prepare
+from train.records.metrics import MetricLog
+from train.run.loop import run
 
 LOOKS = {"log__microscope_every": 2, "log__microscope_responses": 5}
 COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -322,7 +322,7 @@ def test_no_group_that_varies_is_one_sentence_and_exit_code_1(place, monkeypatch
 def test_three_updates_in_a_row_that_are_not_finite_end_the_run_with_their_batch(place, monkeypatch, capsys):
     """Two in the first trainer step; the third after a resume, since the checkpoint has the count."""
     # A learning rate that no configuration may have.
-    monkeypatch.setattr("train.trainer.with_learning_rate", lambda state, lr: with_learning_rate(state, 1e30))
+    monkeypatch.setattr("train.step.trainer.with_learning_rate", lambda state, lr: with_learning_rate(state, 1e30))
     changes = {"data__val": None, "algorithm__dynamic_sampling": False}
     folder = place / "blown"
     code, err = program(place, folder, monkeypatch, capsys, steps=1, **changes)

@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from rlvr_jax.program import config_dict
+from rlvr_jax.runs.program import config_dict
 from train import config as c
-from train import figure
-from train.curves import curve, find_metric, lines, read_run
-from train.report import ReportConfig, prepare, read, run, summary
-from train.step_metrics import BINS
+from train.records import figure
+from train.records.curves import curve, find_metric, lines, read_run
+from train.records.report import ReportConfig, prepare, read, run, summary
+from train.step.metrics import BINS
 
 BASE = c.Config(run_dir="x", eval=c.EvalConfig(n=4))
 

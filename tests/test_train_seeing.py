@@ -14,16 +14,16 @@ import pytest
 from rich.console import Console
 
 from rlvr_jax.objectives.reweight import reweight
-from rlvr_jax.program import RunError
+from rlvr_jax.runs.program import RunError
 from tests.tiny import tiny_tokenizer
 from train import config as c
-from train.bad_batch import Skips, save_bad_batch
-from train.display import Display
-from train.metrics import MetricLog
-from train.prepare import check
-from train.step_metrics import PhaseClock, at_ratio_one, memory_metrics, phase_metrics, token_metrics
-from train.tokens import TokenTexts, token_rows
-from train.trackers import open_trackers
+from train.check.prepare import check
+from train.records.display import Display
+from train.records.metrics import MetricLog
+from train.records.tokens import TokenTexts, token_rows
+from train.records.trackers import open_trackers
+from train.step.bad_batch import Skips, save_bad_batch
+from train.step.metrics import PhaseClock, at_ratio_one, memory_metrics, phase_metrics, token_metrics
 
 
 class Wandb(types.ModuleType):

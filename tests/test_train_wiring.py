@@ -18,15 +18,15 @@ from rlvr_jax.decoding.state import row_keys
 from rlvr_jax.generation import language_model
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import hidden_states, init_params, logits
-from rlvr_jax.program import RunError
 from rlvr_jax.rewards.pool import Graded
-from rlvr_jax.sharding import make_mesh
+from rlvr_jax.runs.program import RunError
+from rlvr_jax.sharding.rules import make_mesh
 from tests.tiny import tiny_config, tiny_tokenizer
 from train import config as c
-from train.evaluate import evaluate
-from train.loop import _Run
-from train.rollout import Collector, Decoder, Group, eval_seed, rollout_seed
-from train.trainer import Trainer
+from train.run.loop import _Run
+from train.step.evaluate import evaluate
+from train.step.rollout import Collector, Decoder, Group, eval_seed, rollout_seed
+from train.step.trainer import Trainer
 
 MODEL = tiny_config(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=1)
 P, R, N = 4, 8, 4  # prompt, response, responses a group
@@ -40,7 +40,7 @@ def one_device(*_, **__):
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     """Compiling is most of what these tests take."""
-    monkeypatch.setattr("train.prepare.make_mesh", one_device)
+    monkeypatch.setattr("train.check.prepare.make_mesh", one_device)
 
 
 def problems(count):

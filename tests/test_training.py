@@ -7,7 +7,7 @@ import pytest
 from rlvr_jax.dapo import make_scorer
 from rlvr_jax.models.qwen import init_params, model_apply, param_axes
 from rlvr_jax.objectives.tokens import Tokens
-from rlvr_jax.sharding import ShardingRules, make_mesh
+from rlvr_jax.sharding.rules import ShardingRules, make_mesh
 from rlvr_jax.training import (
     TrainState,
     adamw,
@@ -18,7 +18,7 @@ from rlvr_jax.training import (
 )
 from tests.tiny import tiny_config
 from train.config import AlgorithmConfig, MaskConfig, ReweightConfig
-from train.objective import advantages, make_loss, scalars
+from train.step.objective import advantages, make_loss, scalars
 
 P, R, N, GROUPS = 5, 7, 16, 4
 

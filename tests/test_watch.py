@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from decode.run import prepare as decode_prepare
-from rlvr_jax import distributed, watch
-from rlvr_jax.distributed import Cluster, DistributedConfig, place, to_host
-from rlvr_jax.sharding import make_mesh
-from rlvr_jax.watch import PEER_LOST, Watch
+from rlvr_jax.runs import distributed, watch
+from rlvr_jax.runs.distributed import Cluster, DistributedConfig, place, to_host
+from rlvr_jax.runs.watch import PEER_LOST, Watch
+from rlvr_jax.sharding.rules import make_mesh
 from train import sft
 
 

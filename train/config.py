@@ -3,7 +3,13 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from rlvr_jax.bounds import (
+from rlvr_jax.data.template_args import TemplateArgs
+from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
+from rlvr_jax.objectives.masks import TOKEN_MASKS, token_mask_of
+from rlvr_jax.objectives.policy import AGGREGATIONS, LOSSES
+from rlvr_jax.objectives.reweight import REWEIGHTINGS, reweighting_of
+from rlvr_jax.rewards.pool import RuleName
+from rlvr_jax.runs.bounds import (
     Axis,
     Count,
     Every,
@@ -24,13 +30,7 @@ from rlvr_jax.bounds import (
     Words,
     Workers,
 )
-from rlvr_jax.data.template_args import TemplateArgs
-from rlvr_jax.distributed import DistributedConfig
-from rlvr_jax.objectives.correction import IMPORTANCE_WEIGHTS
-from rlvr_jax.objectives.masks import TOKEN_MASKS, token_mask_of
-from rlvr_jax.objectives.policy import AGGREGATIONS, LOSSES
-from rlvr_jax.objectives.reweight import REWEIGHTINGS, reweighting_of
-from rlvr_jax.rewards.pool import RuleName
+from rlvr_jax.runs.distributed import DistributedConfig
 
 # What AdamW takes, of both training programs.
 LearningRate = Annotated[float, Range(0.0, 10.0, "(]")]
@@ -306,7 +306,7 @@ class Config:
 
 
 # What may differ between a checkpoint and the run that continues it: none of it changes what is trained. Model and data
-# may lie elsewhere, since their content is compared (`train.same_run`).
+# may lie elsewhere, since their content is compared (`train.run.same_run`).
 MAY_CHANGE = (
     *("model.path", "data.train"),
     *("run_dir", "compile_cache", "steps", "epochs", "mesh", "eval", "checkpoint", "log", "data.val"),

@@ -20,18 +20,19 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from rlvr_jax.bounds import Count, Every, MaybePath, PathText, Seed, Source, Steps, Tokens, require
-from rlvr_jax.checkpoint import Checkpoints
 from rlvr_jax.data.prompts import prompt_batches
 from rlvr_jax.data.shards import data_files
 from rlvr_jax.data.template_args import TemplateArgs, check_template_args
 from rlvr_jax.data.text import Tokenizer, load_tokenizer
-from rlvr_jax.distributed import DistributedConfig, cluster, identity, initialize, to_host
-from rlvr_jax.files import remove_leftovers
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf import load_hf
 from rlvr_jax.models.qwen import init_params, model_apply, param_axes
-from rlvr_jax.program import (
+from rlvr_jax.runs.bounds import Count, Every, MaybePath, PathText, Seed, Source, Steps, Tokens, require
+from rlvr_jax.runs.checkpoint import Checkpoints
+from rlvr_jax.runs.distributed import DistributedConfig, cluster, identity, initialize, to_host
+from rlvr_jax.runs.files import remove_leftovers
+from rlvr_jax.runs.folder import RunFolder
+from rlvr_jax.runs.program import (
     Preempted,
     Preemption,
     RunError,
@@ -42,9 +43,8 @@ from rlvr_jax.program import (
     run_program,
     writing_to,
 )
-from rlvr_jax.remote import TEXT_FILES, local
-from rlvr_jax.run_folder import RunFolder
-from rlvr_jax.sharding import ShardingRules, batch_shards
+from rlvr_jax.runs.remote import TEXT_FILES, local
+from rlvr_jax.sharding.rules import ShardingRules, batch_shards
 from rlvr_jax.training import (
     TrainState,
     adamw,
@@ -53,6 +53,7 @@ from rlvr_jax.training import (
     warmup_cosine,
     with_learning_rate,
 )
+from train.check.prepare import mesh_for, model_folder, read_model_config
 from train.config import (
     CheckpointConfig,
     ClipNorm,
@@ -62,14 +63,13 @@ from train.config import (
     MeshConfig,
     WeightDecay,
 )
-from train.display import Display
-from train.export import export
-from train.metrics import MetricLog
-from train.prepare import mesh_for, model_folder, read_model_config
-from train.resume import restore, resumable, run_folder
-from train.same_run import model_inputs, record_of, write_record
-from train.sft_rows import Conversation, Rows, encode
-from train.sft_step import make_loss, update
+from train.records.display import Display
+from train.records.metrics import MetricLog
+from train.run.export import export
+from train.run.resume import restore, resumable, run_folder
+from train.run.same_run import model_inputs, record_of, write_record
+from train.step.sft_rows import Conversation, Rows, encode
+from train.step.sft_step import make_loss, update
 
 SHOWN = {
     "loss": ("loss", ".4f"),
@@ -135,7 +135,7 @@ class SFTConfig:
 MAY_CHANGE = (
     *("run_dir", "compile_cache", "mesh", "checkpoint", "log_every", "tensorboard", "remat", "logprob_chunk"),
     "micro_batches",
-    *("model", "init_config", "tokenizer", "data"),  # their content is compared (`train.same_run`)
+    *("model", "init_config", "tokenizer", "data"),  # their content is compared (`train.run.same_run`)
 )
 
 

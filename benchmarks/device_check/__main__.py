@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rlvr_jax.files import write_json
+from rlvr_jax.runs.files import write_json
 
 BEGAN = time.monotonic()
 LEAST = {"machine": 20, "numerics": 60, "sampler": 20}  # seconds that must be left for a part to begin

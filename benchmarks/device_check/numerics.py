@@ -16,13 +16,13 @@ from rlvr_jax.dapo import make_scorer
 from rlvr_jax.generation import generate, generate_selective
 from rlvr_jax.models import qwen
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.models.embedding import embed_tokens
+from rlvr_jax.models.kernels.embedding import embed_tokens
 from rlvr_jax.models.qwen import model_apply
 from rlvr_jax.models.tokens import TokenLayout
 from rlvr_jax.training import TrainState, make_accumulating_step, with_learning_rate
 from train.config import AlgorithmConfig, OptimConfig
-from train.objective import make_loss, scalars
-from train.programs import make_optimizer
+from train.step.objective import make_loss, scalars
+from train.step.programs import make_optimizer
 
 Arrays = dict[str, np.ndarray]
 TAU, GAMMA, TOP_P = -0.02, 0.1, 0.7

@@ -17,8 +17,8 @@ from rlvr_jax.models.qwen import model_apply
 from rlvr_jax.planning import ideal
 from rlvr_jax.training import TrainState, make_accumulating_step, with_learning_rate
 from train.config import AlgorithmConfig, OptimConfig
-from train.objective import make_loss, scalars
-from train.programs import make_optimizer
+from train.step.objective import make_loss, scalars
+from train.step.programs import make_optimizer
 
 PACKED = 4  # sequences per row, where rows hold several
 

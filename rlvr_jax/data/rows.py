@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlvr_jax.files import atomic_path, json_bytes, parse_json
+from rlvr_jax.runs.files import atomic_path, json_bytes, parse_json
 
 ENDINGS = (".parquet", ".jsonl", ".json")
 _BATCH_ROWS = 4096

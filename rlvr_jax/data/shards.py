@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rlvr_jax.data.rows import ENDINGS
-from rlvr_jax.paths import at_home
-from rlvr_jax.remote import filesystem, is_url, local, naming
+from rlvr_jax.runs.paths import at_home
+from rlvr_jax.runs.remote import filesystem, is_url, local, naming
 
 Source = str | Path | Sequence[str]
 
@@ -19,7 +19,7 @@ def data_files(source: Source) -> list[Path]:
     """The local files of a source, in the order in which their rows are read.
 
     A source is a file, a folder (its .parquet and .jsonl files, by name), a pattern such as `data/train-*.parquet`
-    (what matches, by name), or several of these (one after the other). Each may be a URL (`rlvr_jax.remote`), or
+    (what matches, by name), or several of these (one after the other). Each may be a URL (`rlvr_jax.runs.remote`), or
     `hf://datasets/OWNER/NAME[@REVISION]/PATH` for a data set on the Hugging Face hub, whose files are kept in the
     hub's cache. A path that exists is that path, whatever characters it has.
 

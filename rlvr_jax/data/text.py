@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from rlvr_jax.data import template
 from rlvr_jax.data.rows import brief
-from rlvr_jax.files import read_json, valid_text
-from rlvr_jax.remote import TEXT_FILES, local
+from rlvr_jax.runs.files import read_json, valid_text
+from rlvr_jax.runs.remote import TEXT_FILES, local
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     whatever tokenizer.json says, so a folder with another vocabulary or pre-tokenizer would be read wrongly.
 
     Args:
-        path: a folder, a URL of one (`rlvr_jax.remote`), or a name on the Hugging Face hub.
+        path: a folder, a URL of one (`rlvr_jax.runs.remote`), or a name on the Hugging Face hub.
 
     Raises:
         ValueError: no tokenizer there, or one that cannot be read; naming the folder or the file.

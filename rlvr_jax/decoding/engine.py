@@ -22,7 +22,7 @@ from rlvr_jax.decoding.sampling import Sampling
 from rlvr_jax.decoding.slots import SlotRows, empty_slots, insert_rows, prefill_prompts
 from rlvr_jax.decoding.state import Cache, DecodeState, LanguageModel, Params, Selection
 from rlvr_jax.decoding.steps import Rule, advance
-from rlvr_jax.sharding import batch_shards
+from rlvr_jax.sharding.rules import batch_shards
 
 CHUNK = 32
 PREFILL_TOKENS = 16_384  # prompt tokens prefilled at once, padding included

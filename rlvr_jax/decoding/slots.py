@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rlvr_jax.decoding.batch import PREFILL_PIECE
 from rlvr_jax.decoding.sampling import Sampling
 from rlvr_jax.decoding.state import Cache, DecodeState, LanguageModel, Params, Selection, row_keys
-from rlvr_jax.sharding import constrain
+from rlvr_jax.sharding.rules import constrain
 from rlvr_jax.typing import Array
 
 

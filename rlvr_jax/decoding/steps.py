@@ -29,7 +29,7 @@ from rlvr_jax.decoding.state import (
     step_keys,
 )
 from rlvr_jax.direction import delta_logp, extrapolate
-from rlvr_jax.sharding import constrain
+from rlvr_jax.sharding.rules import constrain
 from rlvr_jax.top_logprobs import published_top_logprobs
 from rlvr_jax.typing import Array
 

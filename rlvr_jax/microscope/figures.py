@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from rlvr_jax.evaluation import bracketed
-from rlvr_jax.files import atomic_path
 from rlvr_jax.microscope.columns import Figure
+from rlvr_jax.runs.files import atomic_path
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = {"base": "#D55E00", "rl": "#0072B2", "given": "#009E73"}

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlvr_jax.files import atomic_path, valid_text
 from rlvr_jax.microscope.columns import ScoredResponse, TokenColumns
+from rlvr_jax.runs.files import atomic_path, valid_text
 
 SCALARS = (
     *("logp_base", "logp_rl", "entropy_base", "entropy_rl", "kl", "kl_reverse", "js", "js_true"),

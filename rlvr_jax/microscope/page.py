@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rlvr_jax.criteria import CRITERIA
-from rlvr_jax.files import atomic_path, valid_text
 from rlvr_jax.microscope.columns import Figure, ScoredResponse
+from rlvr_jax.runs.files import atomic_path, valid_text
 
 # In this order.
 _SCRIPTS = ("dom.js", "data.js", "colour.js", "layout.js", "pane.js", "inspector.js", "controls.js", "app.js")

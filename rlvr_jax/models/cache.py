@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.sharding import constrain
+from rlvr_jax.sharding.rules import constrain
 from rlvr_jax.typing import Array, Float, Int, Num
 
 CACHE_AXES = ("cache_rows", "kv_heads", None, "head_dim")  # logical names of its arrays, for `ShardingRules`

@@ -83,7 +83,7 @@ class QwenConfig:
       remat: what a training forward keeps for the backward pass: "none" keeps everything, "dots" the results of
         weight matmuls, "attention" each layer's input and what attention gave, "full" only each layer's input.
       attention: how a training forward computes attention: "auto" (what suits the platform), "plain", "chunked",
-        "splash" (TPU) or "cudnn" (NVIDIA GPUs); see `rlvr_jax.models.attention`.
+        "splash" (TPU) or "cudnn" (NVIDIA GPUs); see `rlvr_jax.models.kernels.attention`.
 
     Raises:
       ValueError: naming the field, its value and what was expected.

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from rlvr_jax.decode_layout import DECODE_RULES, parts_of
 from rlvr_jax.models import qwen
 from rlvr_jax.models.config import QwenConfig
+from rlvr_jax.sharding.decode_layout import DECODE_RULES, parts_of
 from rlvr_jax.typing import Array
 
 Params = Any

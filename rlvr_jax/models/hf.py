@@ -20,9 +20,9 @@ from rlvr_jax.models.hf_folder import INDEX, SINGLE, check_tensors, find_tensors
 from rlvr_jax.models.hf_names import Slot, checkpoint_slots
 from rlvr_jax.models.qwen import Params, param_specs
 from rlvr_jax.models.tensorfile import DTYPES, TensorInfo, read_tensor, tensor_bytes, write_file
-from rlvr_jax.paths import at_home
-from rlvr_jax.remote import is_url, local_copy
-from rlvr_jax.sharding import ShardingRules
+from rlvr_jax.runs.paths import at_home
+from rlvr_jax.runs.remote import is_url, local_copy
+from rlvr_jax.sharding.rules import ShardingRules
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")  # what `save_hf` calls its files
 _BLOCK = 256  # rows transposed at a time, so that both sides stay in the processor's cache

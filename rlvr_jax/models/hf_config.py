@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from rlvr_jax.files import read_json
+from rlvr_jax.runs.files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from rlvr_jax.files import read_json
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.hf_names import TOP_NAMES, Slot
 from rlvr_jax.models.tensorfile import DTYPES, TensorInfo, read_header, same_values
+from rlvr_jax.runs.files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlvr_jax.models.config import YarnConfig
-from rlvr_jax.sharding import constrain, gather
+from rlvr_jax.sharding.rules import constrain, gather
 from rlvr_jax.typing import Array, Bool, Float, Int, Num
 
 LayerParams = Mapping[str, Array]

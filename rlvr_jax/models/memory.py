@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from rlvr_jax.models.attention import resolved_attention
 from rlvr_jax.models.config import QwenConfig
 from rlvr_jax.models.decode_weights import prepared_shapes
+from rlvr_jax.models.kernels.attention import resolved_attention
 from rlvr_jax.models.qwen import Params, ParamSpec, hidden_states, param_specs
-from rlvr_jax.sharding import DEFAULT_RULES
+from rlvr_jax.sharding.rules import DEFAULT_RULES
 from rlvr_jax.typing import Array
 
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rlvr_jax.models import attention, layers
+from rlvr_jax.models import layers
 from rlvr_jax.models.cache import KVCache, write_layer
-from rlvr_jax.models.cached_attention import cached_attention, live_chunks
 from rlvr_jax.models.config import QwenConfig
-from rlvr_jax.models.embedding import embed_tokens
+from rlvr_jax.models.kernels import attention
+from rlvr_jax.models.kernels.cached_attention import cached_attention, live_chunks
+from rlvr_jax.models.kernels.embedding import embed_tokens
 from rlvr_jax.models.tokens import Batched, TokenLayout
-from rlvr_jax.sharding import constrain
+from rlvr_jax.sharding.rules import constrain
 from rlvr_jax.typing import Array, Float, Int
 
 Params = Mapping[str, Any]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import PartitionSpec
 
-from rlvr_jax.sharding import DEFAULT_RULES, ambient_mesh, constrain, fitting_axes, ways
+from rlvr_jax.sharding.rules import DEFAULT_RULES, ambient_mesh, constrain, fitting_axes, ways
 from rlvr_jax.typing import Array
 
 Names = tuple[str | None, ...]

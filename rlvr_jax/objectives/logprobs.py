@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from rlvr_jax.checks import positive, require, seen
 from rlvr_jax.direction import token_ids, token_values, widen
-from rlvr_jax.sharding import (
+from rlvr_jax.sharding.rules import (
     DEFAULT_RULES,
     ambient_mesh,
     constrain,

@@ -20,7 +20,7 @@ from rlvr_jax.planning.models import PUBLISHED
 from rlvr_jax.planning.programs import ProgramAccount
 from rlvr_jax.planning.table import NOTE, table, warnings
 from rlvr_jax.planning.topology import Topology
-from rlvr_jax.program import RunError, console
+from rlvr_jax.runs.program import RunError, console
 
 FLAG = "--plan"
 

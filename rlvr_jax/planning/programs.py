@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from rlvr_jax.planning.account import Account, account
 from rlvr_jax.planning.chips import CHIPS, Chip
-from rlvr_jax.sharding import DEFAULT_RULES, ShardingRules
+from rlvr_jax.sharding.rules import DEFAULT_RULES, ShardingRules
 
 
 @dataclasses.dataclass(frozen=True)

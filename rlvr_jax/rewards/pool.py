@@ -12,10 +12,10 @@ import weakref
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-from rlvr_jax.bounds import Text
 from rlvr_jax.entries import is_own, source_sha256
 from rlvr_jax.rewards import rules
 from rlvr_jax.rewards.process import Worker, dismiss, from_outside, stop_teams, wait
+from rlvr_jax.runs.bounds import Text
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What can be known before a decode begins: its files, its slots, and its programs compiled for a topology."""

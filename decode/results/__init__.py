@@ -1,0 +1,1 @@
+"""What a decode leaves: rows, tables, figures, and the comparison of runs."""

@@ -1,0 +1,1 @@
+"""Attention and embedding: whatever of a model has a custom gradient or runs inside shard_map."""

@@ -1,0 +1,1 @@
+"""What a training run leaves: numbers, rollouts token by token, curves, the microscope's looks."""

@@ -1,0 +1,1 @@
+"""One trainer step: rollouts, graded groups, the objective, packed rows, the update, evaluation."""
