@@ -2,6 +2,9 @@
 
 import ast
 import inspect
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,7 @@ def inside(name: str, package: str) -> bool:
         (("decode",), ("train", "demo", "configs")),
         (("rlvr_jax", "models"), ("rlvr_jax.decoding", "rlvr_jax.objectives", "rlvr_jax.direction")),
         (("rlvr_jax", "decoding"), ("rlvr_jax.models", "flax")),
+        (("rlvr_jax", "runs"), ("rlvr_jax.models", "rlvr_jax.decoding", "rlvr_jax.objectives", "rlvr_jax.dapo")),
         (PACKAGES[:1], ("torch",)),
     ],
 )
@@ -68,6 +72,25 @@ def test_the_formulas_import_jax_alone(module, own):
     for path in sources("rlvr_jax", module):
         wrong = {name for name in imports(path) if not any(inside(name, one) for one in allowed)}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_the_map_tells_the_length_of_the_core():
+    """docs/code.md: every file is there, about as long as it says, and together they are short."""
+    text = (ROOT / "docs" / "code.md").read_text()
+    listed = {path: int(lines) for path, lines in re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", text, re.MULTILINE)}
+    assert len(listed) >= 19
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in listed}
+    assert {path: n for path, n in lengths.items() if abs(n - listed[path]) > 15} == {}
+    assert sum(lengths.values()) <= 4500
+    for path in re.findall(r"`([\w/]+\.(?:py|md))`", text):
+        assert (ROOT / path).is_file() or (ROOT / "rlvr_jax" / path).is_file(), path
+
+
+def test_importing_the_library_loads_no_tool():
+    tools = ("rlvr_jax.microscope", "rlvr_jax.planning", "matplotlib", "orbax", "train", "decode")
+    program = f"import rlvr_jax, sys; print(sorted(set({tools}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_files_are_read_in_one_sitting():
