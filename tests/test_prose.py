@@ -16,7 +16,8 @@ def sentences(text: str) -> list[str]:
     text = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("|", "#", "!")))
     text = re.sub(r"\]\([^)]*\)", "]", text)  # the places of links
     found = []
-    for paragraph in re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) ", text):
+    text = re.sub(r"^\s*(?:[-*]|\d+\.) ", "\n\n", text, flags=re.MULTILINE)  # a point is a paragraph
+    for paragraph in re.split(r"\n\s*\n", text):
         parts = re.split(r"(?<=[.?!])[*)]*\s+(?=[A-Z0-9`\"(\[*])", " ".join(paragraph.split()))
         found += [part for part in parts if len(part.split()) > 1]
     return found
