@@ -205,7 +205,7 @@ class _Run:
             collected = self.collector.collect(self._rollout_params(), self.trainer_steps, self._interruptible)
             self.counted = self.collector.counters
             return collected
-        self._phase("rollout, waited for")
+        self._phase("rollout (waited for)")
         collected = self.ahead.take()
         if collected is None:
             collected = self.collector.collect(self._rollout_params(), self.trainer_steps, self._interruptible)
