@@ -101,7 +101,8 @@ def step_advantages(
     kind = "none" if reweighting_of(reweighting).current else reweighting
     tokens = tokens._replace(advantages_BT=reweighted(kind, tokens, alpha=alpha, where=where))
     if importance != "none":
-        pair = tokens.old_logp_BT, tokens.needed("rollout_logp_BT", "importance weighting")
+        tokens.require(["rollout_logp_BT"], "importance weighting")
+        pair = tokens.old_logp_BT, tokens.rollout_logp_BT
         weight_BT = importance_weights(*pair, tokens.response_BT, kind=importance, cap=importance_cap)
         tokens = tokens._replace(importance_BT=weight_BT)
     return advantage_B, tokens
@@ -150,7 +151,8 @@ def make_loss(
         if tokens.importance_BT is not None:
             loss_BT = loss_BT * tokens.importance_BT
         if "kl_coef" in batch:
-            kl_BT = kl_penalty(logp_BT, tokens.needed("ref_logp_BT", "the KL penalty"), mask_BT)
+            tokens.require(["ref_logp_BT"], "the KL penalty")
+            kl_BT = kl_penalty(logp_BT, tokens.ref_logp_BT, mask_BT)
             loss_BT = loss_BT + batch["kl_coef"] * kl_BT
             metrics = metrics | {"ref_kl": jax.lax.stop_gradient(aggregate(kl_BT, mask_BT))}
         segment_BT = tokens.segment_BT

@@ -20,7 +20,7 @@ def _by_dlogp(tokens, alpha):
 
 
 # Weighs a token by what the update has done to it so far.
-by_dlogp = Reweighting(_by_dlogp, reference=True)
+by_dlogp = Reweighting(_by_dlogp, needs=("ref_logp_BT",))
 
 
 by_the_current_policy = Reweighting(lambda tokens, alpha: 1 + alpha * tokens.rest_BT**2, current=True)

@@ -110,7 +110,9 @@ def test_what_was_found_is_kept(swept, monkeypatch):
     )
     drawn = []
     with monkeypatch.context() as patch:
-        patch.setattr(decode.calibrate, "draw", lambda *args, **options: drawn.append(args[3][0][1]) or iter(()))
+        patch.setattr(
+            decode.settings.calibrate, "draw", lambda *args, **options: drawn.append(args[3][0][1]) or iter(())
+        )
         decode.run.run(decode.run.check(more))
     assert drawn == [[]]  # the responses that are on disk are scored again, none is drawn
     after = calibration(swept)
@@ -133,7 +135,7 @@ def test_tokens_without_a_number_are_left_out(swept, tmp_path, monkeypatch, caps
                 row[:] = np.nan
         return found
 
-    monkeypatch.setattr(decode.calibrate, "criterion_values", poisoned)
+    monkeypatch.setattr(decode.settings.calibrate, "criterion_values", poisoned)
     many = None
     with pytest.raises(RunError, match="no token of 7 responses has a kl: a model's logits are not finite"):
         decode.run.run(decode.run.check(config))

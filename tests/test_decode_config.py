@@ -217,7 +217,7 @@ def test_the_help_lists_the_criteria(capsys):
 def test_a_criterion_of_one_s_own():
     """By name; where a threshold of either sign has a meaning, since nothing is known of its values."""
     config = parsed("--criterion", "tests.own_functions:surprise", "--tau", "-0.5")
-    assert names(config) == ["tests.own_functions.surprise_tau-0.5_gamma0_t1_p0.7"]
+    assert names(config, "setting") == ["tests.own_functions.surprise_tau-0.5_gamma0_t1_p0.7"]
     parsed(
         "--grid.criteria",
         "tests.own_functions:surprise",
@@ -234,4 +234,4 @@ def test_a_criterion_of_one_s_own():
         with pytest.raises(ValueError, match=f"criterion='{wrong}': {message}"):
             parsed("--criterion", wrong, "--tau", "0.5")
     with pytest.raises(ValueError, match="has no published form"):
-        parsed("--criterion", "tests.own_functions:surprise", "--tau", "0.5", "--setting.top-logprobs", "5")
+        parsed("--criterion", "tests.own_functions:surprise", "--tau", "0.5", "--top-logprobs", "5")

@@ -168,7 +168,7 @@ def test_slots_are_planned_from_memory(monkeypatch):
     gib = (twenty.weights + twenty.prompts + twenty.caches + twenty.working) / (1 << 30)
     assert planned(memory=gib).slots == 20
     assert planned(memory=gib, cache_dtype="int8").slots > 20
-    monkeypatch.setattr(decode.plan, "device_memory", lambda: int(gib * (1 << 30)))
+    monkeypatch.setattr(decode.check.plan, "device_memory", lambda: int(gib * (1 << 30)))
     assert planned().slots == 20
     with pytest.raises(ValueError, match=r"slots = 24 of 120 tokens: .* would: 20 slots, .* a cache in int8 \("):
         planned(slots=24)

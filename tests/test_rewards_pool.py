@@ -331,9 +331,9 @@ def test_worker_and_rules_import_the_standard_library_alone():
 def test_bad_arguments_are_named(pool):
     with pytest.raises(ValueError, match="2 responses but 1 answers"):
         math_verify_reward(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="expected one of math_verify, dapo_answer, reasoning_gym or module:function"):
+    with pytest.raises(ValueError, match="expected one of math_verify, dapo_answer, reasoning_gym, or module:name"):
         pool.grade("mathverify", ["a"], ["a"])
-    with pytest.raises(ValueError, match="module:function"):
+    with pytest.raises(ValueError, match="module:name"):
         pool.grade(":f", ["a"], ["a"])
     with pytest.raises(ValueError, match="workers = 0"):
         GraderPool(workers=0)

@@ -197,8 +197,8 @@ class AlgorithmConfig:
     def needs_reference(self) -> bool:
         """Whether the reference (base) model runs over every batch."""
         masks = (self.loss_mask.kind, self.reweight.mask.kind)
-        needed = [token_mask_of(kind).reference for kind in masks] + [reweighting_of(self.reweight.kind).reference]
-        return self.kl_coef > 0 or any(needed)
+        needed = [*(token_mask_of(kind).needs for kind in masks), reweighting_of(self.reweight.kind).needs]
+        return self.kl_coef > 0 or any("ref_logp_BT" in names for names in needed)
 
 
 @dataclasses.dataclass(frozen=True)

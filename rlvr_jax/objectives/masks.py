@@ -29,24 +29,23 @@ class TokenMask:
 
     Attributes:
       keep: `(tokens, quantile) -> bool_BT`; what it says off the responses does not count.
-      reference: it compares with the reference (base) model, so `ref_logp_BT` must be there.
+      needs: names of the `Tokens` that must be there; "ref_logp_BT" makes a run score the reference (base) model.
     """
 
     keep: Keep
-    reference: bool = False
+    needs: tuple[str, ...] = ()
 
 
 def _logp(tokens: Tokens) -> jax.Array:
-    return masked(tokens.needed("old_logp_BT", "a mask by probability"), tokens.counted_BT)
+    return masked(tokens.old_logp_BT, tokens.counted_BT)
 
 
 def _entropy(tokens: Tokens) -> jax.Array:
-    return masked(tokens.needed("entropy_BT", "a mask by entropy"), tokens.counted_BT)
+    return masked(tokens.entropy_BT, tokens.counted_BT)
 
 
 def _delta_logp(tokens: Tokens) -> jax.Array:
-    ref_logp_BT = tokens.needed("ref_logp_BT", "a mask by dlogp")
-    return delta_logp(masked(ref_logp_BT, tokens.counted_BT), _logp(tokens))
+    return delta_logp(masked(tokens.ref_logp_BT, tokens.counted_BT), _logp(tokens))
 
 
 def _ranked(values: Callable[[Tokens], jax.Array], keep: Callable[..., jax.Array]) -> Keep:
@@ -80,17 +79,19 @@ def _between(tokens: Tokens, quantile: Any) -> jax.Array:
     return (p_BT <= quantile) & (p_BT >= 1 - quantile)
 
 
+_LOGP, _ENTROPY, _PAIR = ("old_logp_BT",), ("entropy_BT",), ("ref_logp_BT", "old_logp_BT")
+
 TOKEN_MASKS: dict[str, TokenMask] = {
     "all": TokenMask(lambda tokens, quantile: tokens.counted_BT),
-    "lowest_logp": TokenMask(_ranked(_logp, _lowest)),
-    "highest_logp": TokenMask(_ranked(_logp, _highest)),
-    "prob_below": TokenMask(lambda tokens, quantile: jnp.exp(_logp(tokens)) <= quantile),
-    "prob_between": TokenMask(_between),
-    "highest_entropy": TokenMask(_ranked(_entropy, _highest)),
-    "highest_delta_logp": TokenMask(_ranked(_delta_logp, _highest), reference=True),
-    "lowest_delta_logp": TokenMask(_ranked(_delta_logp, _lowest), reference=True),
-    "middle_delta_logp": TokenMask(_ranked(_delta_logp, _middle), reference=True),
-    "ends_delta_logp": TokenMask(_ranked(_delta_logp, _ends), reference=True),
+    "lowest_logp": TokenMask(_ranked(_logp, _lowest), _LOGP),
+    "highest_logp": TokenMask(_ranked(_logp, _highest), _LOGP),
+    "prob_below": TokenMask(lambda tokens, quantile: jnp.exp(_logp(tokens)) <= quantile, _LOGP),
+    "prob_between": TokenMask(_between, _LOGP),
+    "highest_entropy": TokenMask(_ranked(_entropy, _highest), _ENTROPY),
+    "highest_delta_logp": TokenMask(_ranked(_delta_logp, _highest), _PAIR),
+    "lowest_delta_logp": TokenMask(_ranked(_delta_logp, _lowest), _PAIR),
+    "middle_delta_logp": TokenMask(_ranked(_delta_logp, _middle), _PAIR),
+    "ends_delta_logp": TokenMask(_ranked(_delta_logp, _ends), _PAIR),
 }
 
 Named = str | TokenMask | Keep
@@ -149,6 +150,7 @@ def kept_tokens(kind: Named, tokens: Tokens, *, quantile: ArrayLike) -> Real[jax
         entropy_BT=tokens.entropy_BT,
         ref_logp_BT=tokens.ref_logp_BT,
     )
+    tokens.require(how.needs, f"token mask {kind!r}")
     mask_BT = jnp.asarray(tokens.response_BT)
     if mask_BT.size == 0:
         return mask_BT

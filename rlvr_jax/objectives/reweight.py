@@ -25,13 +25,13 @@ class Reweighting:
       weight: `(tokens, alpha) -> weight_BT` of a `Tokens`, whose `old_logp_BT` is 0 off the responses.
       current: it weighs by the policy being trained. So it is called inside the loss, with that policy's log-probs as
         `old_logp_BT`, and may not compare the responses of a step.
-      reference: it compares with the reference (base) model, so `ref_logp_BT` must be there.
+      needs: names of the `Tokens` that must be there; "ref_logp_BT" makes a run score the reference (base) model.
       alpha: what alpha must be, in words and as a test; None: any finite number.
     """
 
     weight: Callable[[Tokens, Any], jax.Array]
     current: bool = False
-    reference: bool = False
+    needs: tuple[str, ...] = ()
     alpha: tuple[str, Callable[[np.ndarray], Any]] | None = None
 
 
@@ -42,7 +42,7 @@ def _uniform(tokens: Tokens, alpha: Any) -> jax.Array:
 
 def _shuffled(tokens: Tokens, alpha: Any) -> jax.Array:
     """A uniformly random permutation of the counted weights among the counted places."""
-    key = jnp.asarray(tokens.needed("key", "re-weighting 'shuffled'"))
+    key = jnp.asarray(tokens.key)
     values_N, counted_N = (1 + alpha * tokens.rest_BT).ravel(), tokens.counted_BT.ravel()
     order_N = jax.random.permutation(key, values_N.size)
     places_N = jnp.argsort(~counted_N, stable=True)
@@ -61,7 +61,7 @@ def _ppl(tokens: Tokens, alpha: Any) -> jax.Array:
 
 
 def _ppl_norm(tokens: Tokens, alpha: Any) -> jax.Array:
-    group_B = group_ids(tokens.needed("group_B", "re-weighting by the perplexities of a prompt's responses"))
+    group_B = group_ids(tokens.group_B)
     nll_B, length_B = _mean_nll(tokens)
     there_B = (length_B > 0) & (group_B >= 0)
     centred_B, sum_squares_B, count_B = group_deviations(nll_B, group_B, there_B)
@@ -78,8 +78,10 @@ REWEIGHTINGS: dict[str, Reweighting] = {
     "low_prob": Reweighting(_low_prob),
     "high_prob": Reweighting(lambda tokens, alpha: alpha * tokens.p_BT + 1 - alpha),
     "ppl": Reweighting(_ppl),
-    "ppl_norm": Reweighting(_ppl_norm),
-    "ppl_norm_clamp": Reweighting(lambda tokens, alpha: jnp.clip(_ppl_norm(tokens, alpha), 0.8, 1.2)),
+    "ppl_norm": Reweighting(_ppl_norm, needs=("group_B",)),
+    "ppl_norm_clamp": Reweighting(
+        lambda tokens, alpha: jnp.clip(_ppl_norm(tokens, alpha), 0.8, 1.2), needs=("group_B",)
+    ),
     "middle": Reweighting(lambda tokens, alpha: alpha + tokens.p_BT * tokens.rest_BT),
     "inverse": Reweighting(
         lambda tokens, alpha: 1 / (alpha + tokens.rest_BT),
@@ -92,7 +94,7 @@ REWEIGHTINGS: dict[str, Reweighting] = {
         alpha=("a number >= 0, without which re-weighting 'current_focal' is unbounded", not_negative),
     ),
     "uniform": Reweighting(_uniform),
-    "shuffled": Reweighting(_shuffled),
+    "shuffled": Reweighting(_shuffled, needs=("key",)),
 }
 
 # Where the advantage is of the wanted sign.
@@ -161,6 +163,7 @@ def reweight(
 def reweighted(kind: Named, tokens: Tokens, *, alpha: ArrayLike, where: str = "all") -> Float[jax.Array, "B T"]:
     """`reweight` of the advantages of a `Tokens`, where its `reweight_mask_BT` is 1 (None: everywhere)."""
     how, chosen = reweighting_of(kind), entry("where", SIGNS, where)
+    tokens.require(how.needs, f"re-weighting {kind!r}")
     require("alpha", alpha, "a finite number", np.isfinite)
     if how.alpha is not None:
         require("alpha", alpha, *how.alpha)

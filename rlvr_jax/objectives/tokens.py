@@ -4,6 +4,7 @@ A mask is 1 (or True, or a positive weight) on tokens that count and 0 elsewhere
 is 0, infinities and NaN included, never reaches a result.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -72,12 +73,11 @@ class Tokens(NamedTuple):
         """The arrays [B, T] that are there, by name: what goes to the loss, which drops those it does not use."""
         return {k: x for k, x in self._asdict().items() if k.endswith("_BT") and k != "segment_BT" and x is not None}
 
-    def needed(self, name: str, by: str) -> Any:
-        """A field. Raises ValueError where it is not there."""
-        value = getattr(self, name)
-        if value is None:
-            raise ValueError(f"{name}=None: {by} needs it")
-        return value
+    def require(self, names: Iterable[str], by: str) -> None:
+        """Raises ValueError where one of these fields is not there."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}=None: {by} needs it")
 
 
 def masked(values: ArrayLike, mask: ArrayLike) -> jax.Array:

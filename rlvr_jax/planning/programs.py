@@ -160,13 +160,14 @@ def compile_program(
         (text_to / f"{name}.txt").write_text(compiled.as_text() or "")
     got = account(compiled, mesh, chip, unknown_trips=unknown_trips, smallest_branch=smallest_branch)
     rest = max(0, got.memory.argument - sum(arguments.values()))
+    unused = max(0, sum(arguments.values()) - got.memory.argument)  # no arguments in the end, but they lie there
     kinds = {**beside, **arguments, **({"other arguments": rest} if rest else {})}
     kinds["temporaries"] = max(0, got.memory.peak - got.memory.argument)
     return ProgramAccount(
         name=name,
         chip=chip.name,
         chips=mesh.size,
-        peak=got.memory.peak + sum(beside.values()),
+        peak=got.memory.peak + sum(beside.values()) + unused,
         kinds={kind: kinds[kind] for kind in kinds},
         chip_memory=chip.memory,
         flops=got.flops,
