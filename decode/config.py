@@ -1,12 +1,16 @@
 """Configuration of a decoding run, and everything about it that can be refused without opening a file."""
 
 import dataclasses
+import functools
 from typing import Annotated, Literal
 
+import jax
+import numpy as np
 import tyro
 
-from rlvr_jax.criteria import CRITERIA, criterion_of
+from rlvr_jax.criteria import CRITERIA, criterion_of, criterion_value
 from rlvr_jax.data.template_args import TemplateArgs
+from rlvr_jax.entries import is_own
 from rlvr_jax.rewards.pool import RuleName
 from rlvr_jax.runs.bounds import (
     Axis,
@@ -275,6 +279,7 @@ def _check_pair(where: str, setting: Setting) -> None:
     if setting.criterion is None:
         raise ValueError(f"{where}criterion missing: expected one of {', '.join(CRITERIA)}, or module:name of your own")
     criterion = criterion_of(setting.criterion)
+    _try_criterion(where, setting.criterion)
     decided = criterion.constant is not None
     if setting.tau is not None and decided:
         raise ValueError(f"{where}tau={setting.tau}: criterion {setting.criterion} looks at no threshold")
@@ -289,6 +294,20 @@ def _check_pair(where: str, setting: Setting) -> None:
         raise ValueError(
             f"{where}top_logprobs={setting.top_logprobs}: criterion {setting.criterion} has no published form"
         )
+
+
+def _try_criterion(where: str, criterion: str) -> None:
+    """Traces one of the user's own on a tiny batch; no device is used."""
+    if not (is_own(criterion) and criterion_of(criterion).measures):
+        return
+    logp_BV, token_B = jax.ShapeDtypeStruct((2, 3), np.float32), jax.ShapeDtypeStruct((2,), np.int32)
+    try:
+        jax.eval_shape(functools.partial(criterion_value, criterion), logp_BV, logp_BV, token_B)
+    except Exception as error:  # whatever the user's function raises
+        first = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"{where}criterion={criterion}: failed on a tiny batch: {type(error).__name__}: {first:.500}"
+        ) from error
 
 
 def _name(setting: Setting, model: str) -> str:

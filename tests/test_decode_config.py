@@ -233,5 +233,7 @@ def test_a_criterion_of_one_s_own():
     }.items():
         with pytest.raises(ValueError, match=f"criterion='{wrong}': {message}"):
             parsed("--criterion", wrong, "--tau", "0.5")
+    with pytest.raises(ValueError, match=r"every_other: failed on a tiny batch: TypeError"):
+        parsed("--criterion", "tests.own_functions:every_other", "--tau", "0.5")
     with pytest.raises(ValueError, match="has no published form"):
         parsed("--criterion", "tests.own_functions:surprise", "--tau", "0.5", "--top-logprobs", "5")

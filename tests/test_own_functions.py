@@ -1,7 +1,10 @@
 """Functions of the user's own where a name is taken: in the library, in a run, in commands. README's example."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -19,10 +22,10 @@ from tests.tiny import tiny_checkpoint
 from train import config as c
 from train.check.prepare import value_faults
 from train.run.same_run import require_same_run
-from train.step.objective import check_functions
 from train.step.objective import own_functions as named_functions
 
 OWN = "tests.own_functions"
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_criterion():
@@ -129,13 +132,21 @@ def test_a_changed_file_is_another_run(tmp_path, monkeypatch):
     require_same_run(before, now | {"checkpoint": {"changed_code": True}}, ("checkpoint",), defaults={})
 
 
-def test_they_are_checked_without_compiling_anything():
-    check_functions(EVERYTHING)
-    check_functions(algorithm())
+def test_they_are_checked_without_a_device():
+    """Before the processes of a run find one another, which must come before any use of a device."""
+    program = (
+        "from tests.test_own_functions import EVERYTHING\n"
+        "from train.step.objective import check_functions, loss_dtypes\n"
+        "check_functions(EVERYTHING)\nprint(len(loss_dtypes(EVERYTHING)))"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "tpu"}  # of which there is none here
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["8"], done.stderr[-2000:]
 
 
 def test_the_example_of_the_readme(tmp_path, monkeypatch):
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 40
     tiny_checkpoint(tmp_path / "runs" / "demo" / "base" / "hf", num_layers=1)

@@ -77,7 +77,7 @@ def _of_objective(algorithm: AlgorithmConfig) -> Iterator[tuple[str, str]]:
 
 
 def check_functions(algorithm: AlgorithmConfig) -> None:
-    """Traces the objective on a tiny batch, where a choice is a function of the user's own.
+    """Traces the objective on a tiny batch, where a choice is a function of the user's own. No device is used.
 
     Raises:
       ValueError: naming the functions and what went wrong in them.
@@ -88,16 +88,16 @@ def check_functions(algorithm: AlgorithmConfig) -> None:
     if not own:
         return
     B, T, D, V = 2, 3, 4, 5
-    ids_BT = jnp.ones((B, T), jnp.int32)
 
-    def objective(hidden_BTD: jax.Array) -> Any:
+    def objective(hidden_BTD: jax.Array, ids_BT: jax.Array) -> Any:
         batch = {"tokens_BT": ids_BT, "segment_BT": ids_BT} | scalars(algorithm, 1.0) | _tiny_arrays(algorithm, B, T)
         loss = make_loss(algorithm, chunk=T, max_response=T)
         summed, metrics = loss(lambda *_: (hidden_BTD, jnp.ones((D, V))), None, batch)
         return summed, {name: (total, weight) for name, (total, weight) in metrics.items()}
 
+    given = jax.ShapeDtypeStruct((B, T, D), jnp.float32), jax.ShapeDtypeStruct((B, T), jnp.int32)
     try:
-        shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(objective, jnp.ones((B, T, D))))
+        shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(objective, *given))
     except Exception as error:  # whatever the user's function raises
         said = ", ".join(f"{key}={name}" for key, name in own.items())
         first = next(iter(str(error).splitlines()), "")
