@@ -294,7 +294,7 @@ def signal_after(seconds):
 
 def test_public_functions_share_workers_and_leave_none(tmp_path):
     source = f"""
-import json, sys
+import dataclasses, json, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from rlvr_jax.rewards import dapo_answer_reward, math_verify_reward
 from rlvr_jax.rewards import grading
@@ -302,14 +302,14 @@ print(json.dumps([
     math_verify_reward([{boxed("0.5")!r}, "none"], ["\\\\frac12", "1"]),
     dapo_answer_reward(["Answer: 5", "Answer: 6"], ["5", "5"]),
     [worker.process.pid for team in grading._shared_pool()._teams.values() for worker in team],
-]))
+], default=dataclasses.astuple))
 """
     program = tmp_path / "program.py"
     program.write_text(source)
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120, check=True)
     by_box, by_line, workers = json.loads(done.stdout)
-    assert by_box == [[True, "0.5", None], [False, None, None]]
-    assert by_line == [[True, "5", None], [False, "6", None]]
+    assert by_box == [[True, "0.5", None, None], [False, None, None, None]]
+    assert by_line == [[True, "5", None, None], [False, "6", None, None]]
     assert workers
     for pid in workers:
         with pytest.raises(ProcessLookupError):

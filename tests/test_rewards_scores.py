@@ -1,6 +1,6 @@
 """Graded rewards: a researcher's own function with floats, what counts as right, what is an error."""
 
-import json
+import dataclasses
 import pickle
 
 import pytest
@@ -132,17 +132,14 @@ def test_the_reward_of_a_verdict():
     assert Graded(True, None, None).score is None
 
 
-def test_a_verdict_is_still_a_tuple_of_three():
+def test_a_verdict_is_a_plain_value():
     verdict = Graded(True, "2", None, 0.5)
-    correct, prediction, error = verdict
-    assert (correct, prediction, error, verdict.score) == (True, "2", None, 0.5)
-    assert json.loads(json.dumps(verdict)) == [True, "2", None]
-    assert Graded(True, "2", None) == (True, "2", None) == Graded(True, "2", None)
-    assert verdict != Graded(True, "2", None)
-    assert verdict != (True, "3", None)
-    copied = pickle.loads(pickle.dumps(verdict))
-    assert (copied, copied.score) == (verdict, 0.5)
-    assert repr(verdict) == "Graded(correct=True, prediction='2', error=None, score=0.5)"
+    assert dataclasses.astuple(verdict) == (True, "2", None, 0.5)
+    assert verdict != Graded(True, "2", None)  # the score is a part of it
+    assert pickle.loads(pickle.dumps(verdict)) == verdict
+    assert len({verdict, dataclasses.replace(verdict)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        verdict.correct = False
 
 
 @pytest.mark.parametrize(

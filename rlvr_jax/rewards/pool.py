@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -10,7 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from rlvr_jax.entries import is_own, source_sha256
 from rlvr_jax.rewards import rules
@@ -29,14 +30,9 @@ GRADE_ATTEMPTS = 3  # of a response whose grading was killed from outside
 IN_PROCESS_ANSWER = 2000  # characters; DAPO's regular expressions are quadratic in the worst case, 10 ms at this length
 
 
-class _Verdict(NamedTuple):
-    correct: bool
-    prediction: str | None
-    error: str | None
-
-
-class Graded(_Verdict):
-    """One verdict: the tuple `(correct, prediction, error)`, and a score beside it.
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """One verdict.
 
     Attributes:
         correct: the response's answer equals the reference answer.
@@ -45,26 +41,12 @@ class Graded(_Verdict):
         error: why there is no proper comparison (time limit, memory, crash, an exception in the parser), else None.
             A wrong or missing answer is not an error. `correct` is False wherever the grading was cut short.
         score: the reward of a rule that gives a graded one, else None: then it is +1 or -1 by `correct` (`reward`).
-            No part of the tuple, which stays one of three.
     """
 
-    score: float | None
-
-    def __new__(cls, correct: bool, prediction: str | None, error: str | None, score: float | None = None):
-        self = super().__new__(cls, correct, prediction, error)
-        self.score = score
-        return self
-
-    def __eq__(self, other: object) -> bool:
-        return tuple.__eq__(self, other) is True and (not isinstance(other, Graded) or self.score == other.score)
-
-    def __ne__(self, other: object) -> bool:  # a tuple has its own
-        return not self == other
-
-    __hash__ = _Verdict.__hash__
-
-    def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, score={self.score!r})"
+    correct: bool
+    prediction: str | None
+    error: str | None
+    score: float | None = None
 
     @property
     def reward(self) -> float:
@@ -100,10 +82,6 @@ _NOT_GRADED = Graded(False, None, "not graded")
 def _digest(prediction: str | None) -> bytes:
     """Stands for a prediction in what is remembered, which would take gigabytes with thousands of characters each."""
     return hashlib.sha256((prediction or "").encode(errors="surrogatepass")).digest()
-
-
-def _with(graded: Graded, prediction: str | None) -> Graded:
-    return Graded(graded.correct, prediction, graded.error, graded.score)
 
 
 class GraderPool:
@@ -216,7 +194,7 @@ class GraderPool:
             return self._extracted(rule, rules.last_boxed, pairs)
         if rule == "reasoning_gym":
             graded = self._extracted(rule, rules.final_answer, pairs)
-            return [x if x.score is not None else Graded(*x, score=0.0) for x in graded]
+            return [x if x.score is not None else dataclasses.replace(x, score=0.0) for x in graded]
         if rule == "dapo_answer":
             return self._dapo_answer(pairs)
         return self._run(rule, pairs)
@@ -230,11 +208,13 @@ class GraderPool:
             known = self._memo.get((rule, _digest(prediction), answer))
             if prediction and known is None:
                 wanted[prediction, answer].append(i)
-            verdicts.append(Graded(False, prediction, error) if known is None else _with(known, prediction))
+            verdicts.append(
+                Graded(False, prediction, error) if known is None else dataclasses.replace(known, prediction=prediction)
+            )
         for (prediction, answer), graded in zip(wanted, self._run(rule, list(wanted)), strict=True):
-            self._remember((rule, _digest(prediction), answer), _with(graded, None))
+            self._remember((rule, _digest(prediction), answer), dataclasses.replace(graded, prediction=None))
             for i in wanted[prediction, answer]:
-                verdicts[i] = _with(graded, prediction)
+                verdicts[i] = dataclasses.replace(graded, prediction=prediction)
         return verdicts
 
     def _dapo_answer(self, pairs):

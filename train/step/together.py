@@ -1,5 +1,6 @@
 """What several processes of a run do together: each grades its share, and all go on from the same groups."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ class SharedPool(GraderPool):
         index, size = self._cluster.index, self._cluster.size
         begin, end = (len(responses) * i // size for i in (index, index + 1))
         mine = super().grade(rule, responses[begin:end], answers[begin:end])
-        plain = json.dumps([[*verdict, verdict.score] for verdict in mine]).encode()
+        plain = json.dumps([dataclasses.astuple(verdict) for verdict in mine]).encode()
         parts = self._cluster.all_gather("verdicts", plain)
         return [Graded(*verdict) for part in parts for verdict in json.loads(part)]
 
