@@ -52,8 +52,11 @@ def is_own(name: Any) -> bool:
 
 def source_sha256(name: str) -> str:
     """SHA-256 of the file of the module in "module:name"; empty where it has none. The module is not imported."""
-    spec = importlib.util.find_spec(name.partition(":")[0])
-    if spec is None or spec.origin is None:
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0])
+    except (ImportError, ValueError):  # a parent that is no package; whoever calls the function says so
+        spec = None
+    if spec is None or not spec.has_location or spec.origin is None:
         return ""
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 

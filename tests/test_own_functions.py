@@ -132,6 +132,12 @@ def test_a_changed_file_is_another_run(tmp_path, monkeypatch):
     require_same_run(before, now | {"checkpoint": {"changed_code": True}}, ("checkpoint",), defaults={})
 
 
+def test_a_module_without_a_file_has_no_hash():
+    """Missing, inside of a missing package or of a module, built in."""
+    for name in ("missing_module:f", "missing.package:f", "tests.own_functions.inside:f", "sys:exit"):
+        assert source_sha256(name) == "", name
+
+
 def test_they_are_checked_without_a_device():
     """Before the processes of a run find one another, which must come before any use of a device."""
     program = (
